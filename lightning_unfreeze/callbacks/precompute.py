@@ -1,0 +1,448 @@
+"""`PrecomputeFeatures`: the frozen part of the network runs once, the rest trains on what it gave."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, SequentialSampler
+
+from lightning_unfreeze.callbacks.base import StageCallback, StageRun, leader
+from lightning_unfreeze.distributed import gather_objects
+from lightning_unfreeze.feature_data import (
+    BatchForm,
+    FeatureDataset,
+    NoStoreError,
+    check_loader,
+    evaluation_transform,
+    feature_loader,
+    plain_dataset,
+    separable,
+    with_transform,
+)
+from lightning_unfreeze.feature_pass import FeaturePass, StoredData, ViewedData
+from lightning_unfreeze.feature_store import StoreDtype, prune
+from lightning_unfreeze.frozen_prefix import FrozenPrefix, find_prefix
+from lightning_unfreeze.sandbox import batch_on_device, sandbox
+from lightning_unfreeze.seeding import keyed_rng
+from lightning_unfreeze.stages import Stage
+
+_PROBE_IMAGES = 8
+_CHOICES = {
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "policy": ("auto", "always"),
+    "verify": ("sampled", "full"),
+}
+_PRECISION = {"bfloat16": "about 3 significant digits", "float16": "3 to 4 significant digits, at most 65504"}
+
+
+class PrecomputeFeatures(StageCallback):
+    """Serves stages with `precompute=True` from stored activations of the frozen part of the network.
+
+    The network is never cut: its own `forward` and the user's `training_step` run unmodified, with the features where
+    the images were (see `frozen_prefix`). The shortcut is checked against the plain step on a real batch when a stage
+    starts, bitwise for output and gradients; where it does not hold, the stage trains as usual and a warning names the
+    module and the reason. Stores are keyed by what the features depend on: weights and buffers of the frozen part,
+    the files or samples of the dataset, transforms, views, precision and version; see `feature_store`. When a later
+    stage's boundary lies behind a stored one, its features are made from that store, not from the images.
+
+    Sole writer of the train and validation loaders of such a stage, and of the shortcut past the frozen part. Without
+    `GradualUnfreeze` the whole fit is one stage, and whatever has `requires_grad=False` and is in eval mode at its
+    start is the frozen part. Evaluation outside of `fit` never reads a store.
+
+    Args:
+        store_dir: Folder of the stores; None for `feature_store` under the Trainer's `default_root_dir`.
+        num_views: Views per training image. View 0 has the evaluation transform, the others are random draws of the
+            training transform; epoch e of a stage reads view e modulo `num_views`. With 1 augmentation has no effect.
+        dtype: Precision on disk; `"auto"` keeps that of the forward. bfloat16 halves the size and keeps 3 digits.
+        policy: `"auto"` stores only if that is estimated to be quicker than computing anew in each epoch.
+        cached_batch_size: Training batch size of stored stages, None for the loader's own.
+        eval_transform: Transform of view 0; None takes that of the validation data.
+        data_fingerprint: Your own word for what the data is, in place of a look at files and samples.
+        max_bytes: Stores that were not used for longest are removed when all of them hold more.
+        verify: On re-use, check `"sampled"` or `"full"` checksums. A few rows are computed anew in any case.
+        seed: Seed of the views, and of the order where the user's loader has none.
+
+    Raises:
+        ValueError: For an impossible value.
+    """
+
+    order: ClassVar[int] = 10
+
+    def __init__(
+        self,
+        store_dir: str | Path | None = None,
+        num_views: int = 1,
+        dtype: StoreDtype = "auto",
+        policy: Literal["auto", "always"] = "auto",
+        cached_batch_size: int | None = None,
+        eval_transform: Callable[[Any], Any] | None = None,
+        data_fingerprint: str | None = None,
+        max_bytes: int = 50 * 2**30,
+        verify: Literal["sampled", "full"] = "sampled",
+        seed: int = 0,
+    ) -> None:
+        for name, value in (("dtype", dtype), ("policy", policy), ("verify", verify)):
+            if value not in _CHOICES[name]:
+                raise ValueError(f"{name}={value!r} is not one of {list(_CHOICES[name])}")
+        sizes = {"num_views": num_views, "cached_batch_size": cached_batch_size or 1, "max_bytes": max_bytes}
+        for name, number in sizes.items():
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise ValueError(f"{name}={number!r} has to be a whole number of at least 1")
+        self.store_dir = None if store_dir is None else Path(store_dir)
+        self.num_views, self.dtype, self.policy = num_views, dtype, policy
+        self.cached_batch_size, self.eval_transform = cached_batch_size, eval_transform
+        self.data_fingerprint, self.max_bytes, self.verify, self.seed = data_fingerprint, max_bytes, verify, seed
+        self._stored: dict[str, StoredData] = {}
+        self._datasets: dict[str, FeatureDataset] = {}
+        self._earlier: list[StoredData] = []
+        self._stage_index: int | None = None
+        self._sources: list[tuple[Any, _DataLoaderSource]] = []
+
+    # --- the request for a loader ----------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Asks to be asked for the loaders; says what a lower precision costs."""
+        if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if self.dtype in _PRECISION:
+            rank_zero_info(f"features are stored as {self.dtype}: {_PRECISION[self.dtype]}, half the size of float32")
+        # Lightning asks a private source for its loaders, and there is no public way to answer in its place; guarded by
+        # `test_precompute__lightning_asks_for_the_loaders_of_each_stage` (Lightning 2.5 to 2.6)
+        for split, loop in (("train", trainer.fit_loop), ("val", trainer.fit_loop.epoch_loop.val_loop)):
+            self._sources.append((loop, loop._data_source))
+            loop._data_source = _StageSource(loop._data_source, self, trainer, split)
+
+    def loader_for(self, trainer: pl.Trainer, split: str, make: Callable[[], Any]) -> Any:
+        """The loader of the coming stage: of stored batches if the stage asks for it and it can be done."""
+        # `configure_optimizers` may ask for the number of steps before anything is set up
+        if trainer.sanity_checking or not trainer.optimizers:
+            return make()
+        head = leader(trainer)
+        run = head.enter_stage(trainer)
+        if self._stage_index != run.index:
+            self._leave_stage()
+            self._stage_index = run.index
+        loader = make()
+        if (run.planned and not run.stage.precompute) or (split == "val" and "train" not in self._stored):
+            return loader
+        frozen = head.frozen_roots()
+        try:
+            with self._shortcuts_removed(), _in_eval_mode(trainer.lightning_module, frozen):
+                served = self._serve(trainer, run, split, check_loader(loader))
+        except NoStoreError as reason:
+            rank_zero_warn(
+                f"stage {run.stage.name!r} reads its {split} images as usual, without stored features: {reason}"
+            )
+            return loader
+        return loader if served is None else served
+
+    def _serve(self, trainer: pl.Trainer, run: StageRun, split: str, loader: DataLoader[Any]) -> Any:
+        if split == "val" and not isinstance(loader.sampler, SequentialSampler):
+            raise NoStoreError(f"the validation loader has a sampler of its own ({type(loader.sampler).__name__})")
+        module = trainer.lightning_module
+        views = self._views(trainer, run, split, loader)
+        raw, form = self._probe_batch(loader, views[0])
+        batch = batch_on_device(trainer, module, raw)
+        seconds_per_image: list[float] = []
+        if split == "train":
+            with sandbox(trainer, module), torch.enable_grad():
+                prefix, *seconds_per_image = self._find_prefix(trainer, module, batch, form)
+                self._check_step(trainer, module, prefix, batch, form)
+        else:
+            prefix = self._stored["train"].prefix
+        data = ViewedData(split, loader, views, form, self.seed, self.data_fingerprint)
+        work = FeaturePass(trainer, module, data, prefix, self._root(trainer), self.dtype, self.verify)
+        stored, problem = work.open()
+        if problem:
+            rank_zero_warn(f"stored features are computed anew: {problem}")
+        if stored is None:
+            earlier = next((one for one in self._earlier if one.leads_to(work.data_key, prefix)), None)
+            if split == "train" and not self._pays(trainer, run, work, *seconds_per_image):
+                return None
+            start = time.monotonic()
+            stored = work.fill(earlier)
+            seconds = max(time.monotonic() - start, 1e-9)
+            images = work.layout.num_rows * work.layout.num_views
+            rank_zero_info(
+                f"features of {images} {split} images {'from the store before' if earlier else 'computed'} behind "
+                f"{prefix.boundary!r}: {seconds:.1f} s, {images / seconds:.0f} images/s, "
+                f"{work.layout.num_bytes / 2**20:.1f} MiB in {work.directory}"
+            )
+            used = [one.store.directory for one in [stored, *self._stored.values(), *self._earlier]]
+            if trainer.local_rank == 0:
+                prune(work.directory.parent, self.max_bytes, keep=used)
+        self._stored[split] = stored
+        self._datasets[split] = dataset = FeatureDataset(stored.store, form, prefix.pack)
+        if split == "train":
+            self._choose_view(trainer, run)
+        size = self.cached_batch_size if split == "train" else None
+        return feature_loader(loader, dataset, size, self.seed)
+
+    def _views(self, trainer: pl.Trainer, run: StageRun, split: str, loader: DataLoader[Any]) -> list[Any]:
+        """The dataset of each view that will be read, view 0 first."""
+        dataset = plain_dataset(loader)
+        if not len(dataset):
+            raise NoStoreError("the data is empty")
+        if split == "val":
+            return [dataset]
+        transform = self.eval_transform
+        if transform is None:
+            source = trainer.fit_loop.epoch_loop.val_loop._data_source.inner
+            val = source.dataloader() if source.instance is not None and source.is_defined() else None
+            transform = evaluation_transform(dataset, getattr(val, "dataset", None))
+        plain = dataset if transform is None else with_transform(dataset, transform)
+        # views beyond the number of epochs would never be read
+        return [plain, *[dataset] * (min(self.num_views, run.stage.num_epochs) - 1)]
+
+    def _root(self, trainer: pl.Trainer) -> Path:
+        root = self.store_dir or Path(trainer.default_root_dir) / "feature_store"
+        # nodes may share the folder or not: each keeps stores of its own, so that none waits for another's lock
+        return root / f"node_{trainer.node_rank}" if trainer.num_nodes > 1 else root
+
+    def _probe_batch(self, loader: DataLoader[Any], dataset: Any) -> tuple[Any, BatchForm]:
+        samples = []
+        for row in range(min(_PROBE_IMAGES, len(dataset))):
+            with keyed_rng("view", self.seed, 0, row):
+                samples.append(dataset[row])
+        raw = loader.collate_fn(samples)
+        form = BatchForm(raw)
+        if not separable(loader, samples, form):
+            raise NoStoreError("the collate function mixes the samples, or draws at random")
+        return raw, form
+
+    # --- the shortcut ----------------------------------------------------------------------------------------------
+
+    def _find_prefix(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, form: BatchForm
+    ) -> tuple[FrozenPrefix, float, float]:
+        """The shortcut, and seconds per image of a step (forward and backward) without and with it."""
+        images, rest = form.split(batch)
+
+        def step(x: Tensor) -> Tensor:
+            rows = torch.arange(len(x)) % len(images)
+            return _loss(trainer, module, form.join(x, {n: v[rows.to(v.device)] for n, v in rest.items()}))
+
+        prefix, reason = find_prefix(module, images, step)
+        boundary = "" if prefix is None else prefix.boundary
+        found = gather_objects(trainer, (boundary, reason))
+        if prefix is None or any(other != boundary for other, _ in found):
+            raise NoStoreError(next((why for other, why in found if not other), "the ranks found different boundaries"))
+        if reason:
+            rank_zero_info(f"features are taken behind {boundary!r}, since {reason}")
+        features = prefix.extract(images)
+        with prefix.replay(features) as packed:
+            stored_seconds = _seconds(lambda: step(packed), images)
+        return prefix, _seconds(lambda: step(images), images), stored_seconds
+
+    def _check_step(
+        self, trainer: pl.Trainer, module: pl.LightningModule, prefix: FrozenPrefix, batch: Any, form: BatchForm
+    ) -> None:
+        """A batch through all that lies between loader and loss, both ways: transfer hooks act on features too."""
+        images, rest = form.split(batch)
+        packed = prefix.pack(prefix.extract(images)).cpu()
+        carried = batch_on_device(trainer, module, form.join(packed, {n: v.cpu() for n, v in rest.items()}))
+        losses = []
+        for step_batch in (batch, carried):
+            shortcut = _installed(prefix) if step_batch is carried else nullcontext()
+            with shortcut, keyed_rng("check", self.seed), torch.no_grad():
+                losses.append(_loss(trainer, module, step_batch))
+        if not all(gather_objects(trainer, bool(torch.isclose(*losses, rtol=1e-3, atol=1e-5)))):
+            raise NoStoreError(
+                f"a step on stored features gives the loss {float(losses[1]):.5g}, on the images {float(losses[0]):.5g}: "
+                "something between the loader and the network changes the images (a batch-transfer hook?); do that in "
+                "the dataset's transform"
+            )
+
+    def _pays(
+        self, trainer: pl.Trainer, run: StageRun, work: FeaturePass, plain_seconds: float, stored_seconds: float
+    ) -> bool:
+        """Whether the pass and the epochs on features take less than the epochs on images, their decoding apart."""
+        epochs, layout = run.stage.num_epochs, work.layout
+        with_store = layout.num_views * max(plain_seconds - stored_seconds, 0.0) + epochs * stored_seconds
+        pays = self.policy == "always" or with_store < epochs * plain_seconds
+        pays = bool(trainer.strategy.broadcast(pays))
+        rank_zero_info(
+            f"stage {run.stage.name!r}: {epochs} epochs of {layout.num_rows} images are estimated at "
+            f"{with_store * layout.num_rows:.3g} s with stored features ({layout.num_bytes / 2**20:.1f} MiB) and "
+            f"{epochs * plain_seconds * layout.num_rows:.3g} s without: {'stored' if pays else 'not stored'}"
+        )
+        return pays
+
+    # --- while the stage runs --------------------------------------------------------------------------------------
+
+    def _choose_view(self, trainer: pl.Trainer, run: StageRun) -> None:
+        if "train" in self._datasets:
+            views = self._stored["train"].store.layout.num_views
+            self._datasets["train"].view = (trainer.current_epoch - run.start_epoch) % views
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Chooses the view of a resumed epoch: only now the Trainer knows its number."""
+        self._choose_view(trainer, leader(trainer).current_run(trainer))
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Chooses the view of the epoch."""
+        super().on_train_epoch_start(trainer, pl_module)
+        self._choose_view(trainer, leader(trainer).current_run(trainer))
+
+    def around_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any
+    ) -> AbstractContextManager[Any]:
+        """The shortcut, for a step outside of the Trainer's loop."""
+        return _installed(self._stored["train"].prefix) if "train" in self._stored else nullcontext()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Opens the shortcut, for the step and its backward."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if "train" in self._stored:
+            self._stored["train"].prefix.install()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Closes the shortcut."""
+        self._close("train")
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Opens the shortcut, for stored validation batches."""
+        if "val" in self._stored and not trainer.sanity_checking:
+            self._stored["val"].prefix.install()
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Closes the shortcut."""
+        self._close("val")
+
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Has the validation loader asked for again: the sanity check ran on images."""
+        run = leader(trainer).current_run(trainer)
+        if self._sources and (run.stage.precompute or not run.planned):
+            _ask_for_loaders_again(trainer)
+
+    def on_stage_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
+        """Gives the loaders back, and has those of the next stage asked for."""
+        following = self.run.following if self.run is not None else None
+        if self._sources and (self._stored or (following is not None and following.precompute)):
+            _ask_for_loaders_again(trainer)
+        self._leave_stage()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leaves nothing on the network."""
+        self._detach()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leaves nothing on the network and on the Trainer."""
+        super().teardown(trainer, pl_module, stage)
+        self._detach()
+
+    def _close(self, split: str) -> None:
+        if split in self._stored:
+            self._stored[split].prefix.remove()
+
+    def _leave_stage(self) -> None:
+        for split in ("train", "val"):
+            self._close(split)
+        self._earlier = [*self._stored.values(), *self._earlier]
+        self._stored, self._datasets, self._stage_index = {}, {}, None
+
+    def _detach(self) -> None:
+        self._leave_stage()
+        self._earlier = []
+        for loop, source in self._sources:
+            loop._data_source = source
+        self._sources = []
+
+    @contextmanager
+    def _shortcuts_removed(self) -> Iterator[None]:
+        """A validation loader may be asked for while the shortcut of the training data is open."""
+        opened = [stored.prefix for stored in self._stored.values() if stored.prefix.is_installed]
+        for prefix in opened:
+            prefix.remove()
+        try:
+            yield
+        finally:
+            for prefix in opened:
+                prefix.install()
+
+
+class _StageSource(_DataLoaderSource):
+    """Lightning's source of a loader, asked through the callback."""
+
+    def __init__(
+        self, inner: _DataLoaderSource, callback: PrecomputeFeatures, trainer: pl.Trainer, split: str
+    ) -> None:
+        super().__init__(inner.instance, inner.name)
+        self.inner, self.callback, self.trainer, self.split = inner, callback, trainer, split
+
+    def dataloader(self) -> Any:
+        return self.callback.loader_for(self.trainer, self.split, self.inner.dataloader)
+
+
+def _ask_for_loaders_again(trainer: pl.Trainer) -> None:
+    """What `reload_dataloaders_every_n_epochs` does, at one point in time; private, guarded as in `setup`."""
+    trainer.fit_loop._combined_loader = None
+    trainer.fit_loop.epoch_loop.val_loop._combined_loader = None
+
+
+def _loss(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Tensor:
+    """The step's loss without the wrapper of the strategy, so that ranks need not go together."""
+    arguments = (batch, 0) if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2) else (batch,)
+    with trainer.precision_plugin.train_step_context():
+        output = module.training_step(*arguments)
+    loss = output["loss"] if isinstance(output, dict) else output
+    if not isinstance(loss, Tensor):
+        raise NoStoreError("training_step returned no loss, so the shortcut cannot be checked")
+    return loss
+
+
+def _seconds(step: Callable[[], Tensor], images: Tensor) -> float:
+    """Seconds per image of a step with its backward."""
+    if images.is_cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step().backward()  # type: ignore[no-untyped-call]
+    if images.is_cuda:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / len(images)
+
+
+@contextmanager
+def _in_eval_mode(module: nn.Module, roots: list[nn.Module]) -> Iterator[None]:
+    """The loaders are asked for before the frozen modules are put in eval mode for training."""
+    modes = [(part, part.training) for part in module.modules()]
+    for root in roots:
+        root.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+@contextmanager
+def _installed(prefix: FrozenPrefix) -> Iterator[None]:
+    prefix.install()
+    try:
+        yield
+    finally:
+        prefix.remove()

@@ -1,0 +1,607 @@
+"""`TTAEval`: test-time augmentation with metrics that are right (step 9)."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+
+from lightning_unfreeze.callbacks.base import StageCallback, players
+from lightning_unfreeze.distributed import gather_objects
+from lightning_unfreeze.logits_spy import LogitsSpy, NetworkCall, as_logits, find_target, shape_target
+from lightning_unfreeze.random_views import RandomViews, innermost_dataset, training_augmentation
+from lightning_unfreeze.reporting import save_figure
+from lightning_unfreeze.tta_result import SHEET_IMAGES, TTAResult, decisions, plot_flips, scores_of, thumbnail
+from lightning_unfreeze.views import (
+    VIEW_SETS,
+    Activation,
+    Merge,
+    check_view,
+    draw_view,
+    fit_view_weights,
+    merge_views,
+    uncertainty,
+)
+
+__all__ = ["TTAEval", "TTAResult", "merge_views"]
+
+View = str | Callable[[Tensor], Tensor]
+Kind = Literal["validate", "test", "predict"]
+
+_PREFIX: dict[Kind, str] = {"validate": "val", "test": "test", "predict": "predict"}
+
+
+class TTAEval(StageCallback):
+    """Plain and test-time-augmented metrics from one pass over the data, with the user's own module and steps.
+
+    The module's `validation_step`, `test_step` and `predict_step` run as they are. The call that turns the images into
+    logits is caught on the way, its result is the plain view, and the other views of the same images go through the
+    same network right after the step, joined into one forward. The plain view always takes part and is the first.
+
+    Logged beside the module's own names, computed once over the whole set: `val_acc_tta`, `val_nll_tta`, `val_ece_tta`
+    and each classification metric of torchmetrics that the module holds; the same for the plain view under
+    `val_acc_plain` and so on; `val_tta_gain`, `val_tta_fixed` and `val_tta_broken` (predictions corrected and
+    corrupted), `val_tta_agreement`, `val_tta_entropy`, `val_tta_mutual_information`. For a sigmoid a prediction is one
+    label of one sample. Under DDP samples that the distributed sampler repeats are counted once. `Trainer.predict`
+    returns per batch a dict of `"probs"` (N, C), `"spread"` (N, C), the standard deviation over the views, `"index"`
+    (N,), and `"output"`, what the module's own `predict_step` gave.
+
+    During `fit` only some validations are augmented (`every`), and none of a stage with `precompute=True`, whose
+    batches hold features. Where another callback lists checkpoints in `snapshots` (cosine restarts can keep one per
+    cycle), each of them answers all views, and the merge is over snapshots times views.
+
+    Sole writer of TTA metrics and merged predictions.
+
+    Args:
+        views: `"flip"` (horizontal), `"five_crop"`, `"ten_crop"`, `"d4"`, `"multiscale"`, `"random"` (draws by the
+            training augmentation), or a list of view names (`"hflip+rot90"`, `"scale:1.25"`, see `views.draw_view`)
+            and functions from `(N, channels, H, W)` to the same.
+        merge: `"mean"`, `"log_mean"`, `"gmean"`, `"max"`, `"vote"` (see `merge_views`); or `"learnt"`, one weight per
+            view, and `"learnt_per_class"`, per view and class: validation is the split that they are fitted on, there
+            the unweighted mean is reported; test and predict use them.
+        beta: Weight of the plain view, the others share the rest; `"v2"` is fastai 2's 0.25, `"v07"` fastai 0.7's
+            rule, one plain vote for every four others. None: all views alike.
+        num_random: Draws per image for `"random"`.
+        chunk_size: Views joined into one forward; None joins all of one size. Lower it when memory is short.
+        on: Where to augment.
+        every: During `fit`, `"stage_end"` augments the validation of a stage's last epoch (of each cycle's last, where
+            the stage may end there; without stages, of the fit's last epoch), a number n that of every n-th epoch.
+        forward: Name of the submodule whose call gives the logits, `""` for the module itself; None finds it.
+        activation: Of the logits; `"auto"` takes a sigmoid for a single logit, for targets of the logits' shape and
+            for a module that holds `BCEWithLogitsLoss`, else the softmax.
+        target: Key or position of the target in the batch; None takes the second item, or the usual dict keys.
+        crop_px: Side of the crops. None: 7/8 of each side, scaled back to the batch's size.
+        augmentation: For `"random"`; None takes the `transform` of the training dataset.
+        seed: For `"random"`; a draw is a function of seed, view and index alone.
+        figure: Write `tta.png` beside the checkpoints and hand it to the logger.
+
+    Raises:
+        ValueError: For an impossible argument.
+    """
+
+    order: ClassVar[int] = 40
+
+    def __init__(
+        self,
+        views: Literal["flip", "five_crop", "ten_crop", "d4", "multiscale", "random"] | list[View] = "flip",
+        merge: Merge | Literal["learnt", "learnt_per_class"] = "mean",
+        beta: float | Literal["v2", "v07"] | None = None,
+        num_random: int = 4,
+        chunk_size: int | None = None,
+        on: Sequence[Kind] = ("validate", "test", "predict"),
+        every: Literal["stage_end"] | int = "stage_end",
+        forward: str | None = None,
+        activation: Literal["auto"] | Activation = "auto",
+        target: str | int | None = None,
+        crop_px: int | None = None,
+        augmentation: Callable[[Any], Tensor] | None = None,
+        seed: int = 0,
+        figure: bool = True,
+    ) -> None:
+        self.views = _extra_views(views)
+        self.random = views == "random"
+        self.num_views = 1 + (num_random if self.random else len(self.views))
+        if merge not in ("mean", "log_mean", "gmean", "max", "vote", "learnt", "learnt_per_class"):
+            raise ValueError(
+                f"merge={merge!r} is none of 'mean', 'log_mean', 'gmean', 'max', 'vote', 'learnt', 'learnt_per_class'"
+            )
+        for option, value in {"num_random": num_random, "chunk_size": chunk_size, "crop_px": crop_px}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{option}={value} has to be at least 1")
+        if every != "stage_end" and (isinstance(every, str) or every < 1):
+            raise ValueError(f"every={every!r} is not 'stage_end' or a number of epochs of at least 1")
+        if not on or set(on) - set(_PREFIX):
+            raise ValueError(f"on={on!r} has to name at least one of {tuple(_PREFIX)} and nothing else")
+        if activation not in ("auto", "softmax", "sigmoid"):
+            raise ValueError(f"activation={activation!r} is none of 'auto', 'softmax', 'sigmoid'")
+        if beta is not None and merge in ("max", "learnt", "learnt_per_class"):
+            raise ValueError(f"beta={beta!r} weighs the plain view, but merge={merge!r} has no such weight")
+        if augmentation is not None and not self.random:
+            raise ValueError("augmentation draws the views of views='random'; for other views pass them as a list")
+        self._beta_weights = _beta_weights(beta, self.num_views)
+        self.merge, self.chunk_size, self.on, self.every = merge, chunk_size, tuple(on), every
+        self.forward, self.activation, self.target, self.crop_px = forward, activation, target, crop_px
+        self.augmentation, self.seed, self.figure = augmentation, seed, figure
+        self.results: dict[str, TTAResult] = {}
+        self.weights: Tensor | None = None
+        self.temperature = 1.0
+        self._fitted_on: object = None
+        self._spy: LogitsSpy | None = None
+        self._loaders: list[_LoaderPass] = []
+        self._members: list[dict[str, Tensor]] | None = None
+        self._predict_step: Callable[..., Any] | None = None
+
+    # --- the three kinds of run ------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts watching the network, where this validation is augmented."""
+        self._start(trainer, pl_module, "validate")
+
+    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts watching the network."""
+        self._start(trainer, pl_module, "test")
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Runs the other views of the batch."""
+        if self._spy is None:
+            return
+        self._collect(trainer, pl_module, batch, dataloader_idx)
+        bar = trainer.progress_bar_callback
+        if batch_idx == 0 and isinstance(bar, TQDMProgressBar) and bar.is_enabled:
+            bar.val_progress_bar.set_description(f"{bar.validation_description} + TTA ({self.num_views} views)")
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Runs the other views of the batch."""
+        if self._spy is not None:
+            self._collect(trainer, pl_module, batch, dataloader_idx)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Computes and logs the metrics."""
+        self._finish(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Computes and logs the metrics."""
+        self._finish(trainer, pl_module, "test")
+
+    def on_predict_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Puts a step around the module's `predict_step`: a callback cannot change what `Trainer.predict` returns."""
+        self._start(trainer, pl_module, "predict")
+        if self._spy is None:
+            return
+        predict_step = pl_module.predict_step
+
+        @functools.wraps(predict_step)
+        def merged_predict_step(*args: Any, **kwargs: Any) -> dict[str, Any]:
+            output = predict_step(*args, **kwargs)
+            # Lightning passes (batch, batch_idx, dataloader_idx), and the last only where there are several loaders
+            return {"output": output, **self._predict(trainer, pl_module, args[2] if len(args) > 2 else 0)}
+
+        self._predict_step = predict_step
+        pl_module.predict_step = merged_predict_step  # type: ignore[method-assign]
+
+    def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes the step around `predict_step` off again."""
+        self._stop(pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leaves no hook on the module."""
+        self._stop(pl_module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leaves no hook on the module."""
+        super().teardown(trainer, pl_module, stage)
+        self._stop(pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Learnt weights travel with the checkpoint."""
+        return {"weights": self.weights, "temperature": self.temperature}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes learnt weights back."""
+        self.weights, self.temperature = state_dict["weights"], state_dict["temperature"]
+
+    # --- one pass --------------------------------------------------------------------------------------------------
+
+    def _is_due(self, trainer: pl.Trainer, kind: Kind) -> bool:
+        if trainer.sanity_checking or kind not in self.on:
+            return False
+        if trainer.state.fn != TrainerFn.FITTING:
+            return True
+        if self.run is None or self.run.stage.precompute:
+            return False
+        if isinstance(self.every, int):
+            return (trainer.current_epoch + 1) % self.every == 0
+        stage = self.run.stage
+        ends = {stage.num_epochs}
+        if stage.until is not None:
+            ends |= {math.ceil(end) for end in accumulate(stage.cycle_epochs)}
+        return trainer.current_epoch + 1 - self.run.start_epoch in ends
+
+    def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, kind: Kind) -> None:
+        self._stop(pl_module)
+        if not self._is_due(trainer, kind):
+            return
+        loaders: Any = {
+            "validate": trainer.val_dataloaders,
+            "test": trainer.test_dataloaders,
+            "predict": trainer.predict_dataloaders,
+        }[kind]
+        flat = CombinedLoader(loaders, "sequential").flattened
+        if self.merge.startswith("learnt") and kind != "validate":
+            self._check_learnt(flat)
+        self._loaders = [_LoaderPass(loader, _sampled_batches(loader)) for loader in flat]
+        if trainer.world_size > 1 and any(loader.batches is None for loader in self._loaders):
+            rank_zero_warn(
+                "TTAEval: the order of a loader's samples is not known: samples that the distributed sampler repeats "
+                "are counted as often as they come; use a map-style dataset without shuffling"
+            )
+        if self.random:
+            self._start_random(trainer, pl_module)
+        if trainer.state.fn == TrainerFn.FITTING:
+            rank_zero_info(f"TTAEval: this validation is augmented, {self.num_views} views")
+        self._spy = LogitsSpy(pl_module, self.forward)
+
+    def _stop(self, pl_module: pl.LightningModule) -> None:
+        if self._spy is not None:
+            self._spy.close()
+        if self._predict_step is not None:
+            del pl_module.predict_step  # the class's own comes back
+        self._spy, self._predict_step, self._members, self._loaders = None, None, None, []
+
+    def _check_learnt(self, loaders: Sequence[Any]) -> None:
+        if self.weights is None:
+            raise MisconfigurationException(
+                f"merge={self.merge!r} has no weights yet: they are fitted in validation, on data that nothing is "
+                "reported from; call trainer.validate(module, calibration_loader) first, or load a checkpoint of a fit "
+                "whose validation was augmented"
+            )
+        if any(getattr(loader, "dataset", None) is self._fitted_on for loader in loaders):
+            raise MisconfigurationException(
+                f"merge={self.merge!r}: the weights were fitted on this very dataset, its numbers would flatter; "
+                "validate on one split and test on another"
+            )
+
+    def _view_logits(self, trainer: pl.Trainer, pl_module: pl.LightningModule, dataloader_idx: int) -> _Answers:
+        """Logits of all views of the batch that the module's step has just seen."""
+        spy = self._spy
+        if spy is None:
+            raise RuntimeError("TTAEval watches no network; this is called inside an augmented run only")
+        call = spy.take()
+        loader = self._loaders[dataloader_idx]
+        views = self._random_views(loader, call) if loader.draws is not None else self._named_views()
+        if self._members is None:
+            self._members = _snapshot_states(trainer, call)
+        networks = [functools.partial(call.network, **call.kwargs)]
+        for state in self._members:
+            networks.append(functools.partial(_call_with, call, state))
+        answers = [call.logits]
+        with spy.paused(), torch.no_grad(), trainer.precision_plugin.forward_context():
+            for position, network in enumerate(networks):
+                # the step itself has answered the plain view with the current weights
+                todo = views if position == 0 else [_plain, *views]
+                answers += _answers(network, call.images, todo, self.chunk_size)
+        logits = torch.stack([answer.reshape(len(call.images), -1) for answer in answers])
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return _Answers(logits, call.images, loader.next_index(len(call.images)))
+
+    def _named_views(self) -> list[Callable[[Tensor], Tensor]]:
+        return [
+            functools.partial(draw_view, name=view, crop_px=self.crop_px) if isinstance(view, str) else view
+            for view in self.views
+        ]
+
+    def _merge(self, logits: Tensor, activation: Activation, kind: str) -> Tensor:
+        copies = len(logits) // self.num_views
+        if self.merge.startswith("learnt"):
+            if kind == "val" or self.weights is None:
+                return merge_views(logits, "mean", activation=activation)
+            return merge_views(logits / self.temperature, "mean", self.weights, activation)
+        weights = None if self._beta_weights is None else torch.tensor(self._beta_weights * copies)
+        return merge_views(logits, self.merge, weights, activation)  # type: ignore[arg-type]
+
+    def _resolve_activation(self, pl_module: pl.LightningModule, logits: Tensor, target: Tensor | None) -> Activation:
+        if self.activation != "auto":
+            return self.activation
+        has_labels = target is not None and target.ndim == 2 and target.shape == logits.shape[1:]
+        has_bce = any(isinstance(module, nn.BCEWithLogitsLoss) for module in pl_module.modules())
+        return "sigmoid" if logits.shape[-1] == 1 or has_labels or has_bce else "softmax"
+
+    def _collect(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, dataloader_idx: int) -> None:
+        answers = self._view_logits(trainer, pl_module, dataloader_idx)
+        target = find_target(batch, len(answers.images), self.target)
+        activation = self._resolve_activation(pl_module, answers.logits, target)
+        logits = as_logits(answers.logits, activation)
+        target = shape_target(target, logits.shape[-1], activation)
+        loader = self._loaders[dataloader_idx]
+        loader.activation = activation
+        prefix = "test" if trainer.testing else "val"
+        plain, merged = merge_views(logits[:1], activation=activation), self._merge(logits, activation, prefix)
+        rows = {"index": answers.index, "target": target, "plain": plain, "merged": merged}
+        rows |= uncertainty(logits, activation)
+        if self.merge.startswith("learnt") and prefix == "val":
+            rows["logits"] = logits.transpose(0, 1)
+        loader.rows.append({name: value.cpu() for name, value in rows.items()})
+        if self.figure and trainer.is_global_zero:
+            before, after = (decisions(part, activation) == target for part in (plain, merged))
+            flipped = (before != after).reshape(len(target), -1).any(1).nonzero().flatten().tolist()
+            for row in flipped[: 2 * SHEET_IMAGES]:
+                loader.sheet[int(answers.index[row])] = thumbnail(answers.images[row])
+
+    def _predict(self, trainer: pl.Trainer, pl_module: pl.LightningModule, dataloader_idx: int) -> dict[str, Tensor]:
+        answers = self._view_logits(trainer, pl_module, dataloader_idx)
+        activation = self._resolve_activation(pl_module, answers.logits, None)
+        logits = as_logits(answers.logits, activation)
+        per_view = logits.softmax(-1) if activation == "softmax" else logits.sigmoid()
+        return {
+            "probs": self._merge(logits, activation, "predict").exp(),
+            "spread": per_view.std(0, correction=0),
+            "index": answers.index,
+        }
+
+    # --- the whole set ---------------------------------------------------------------------------------------------
+
+    def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, prefix: str) -> None:
+        if self._spy is None:
+            return
+        for position, loader in enumerate(self._loaders):
+            rows = _whole_set(trainer, loader)
+            if rows is None:
+                continue
+            suffix = f"/dataloader_idx_{position}" if len(self._loaders) > 1 else ""
+            if "logits" in rows:
+                self.weights, self.temperature = fit_view_weights(
+                    rows.pop("logits").transpose(0, 1),
+                    rows["target"],
+                    per_class=self.merge == "learnt_per_class",
+                    activation=loader.activation,
+                )
+                self._fitted_on = loader.dataset
+            result = TTAResult(activation=loader.activation, metrics={}, **rows)
+            result.metrics.update(scores_of(result, pl_module, prefix))
+            self.results[prefix + suffix] = result
+            for name, value in result.metrics.items():
+                # every rank holds the same number: their largest is that number, where a mean would round
+                pl_module.log(name + suffix, value, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="max")
+            if self.figure and trainer.is_global_zero:
+                classes = getattr(innermost_dataset(loader.dataset), "classes", None)
+                picture = plot_flips(result, loader.sheet, classes, f"{prefix}{suffix}, {self.num_views} views")
+                save_figure(trainer, picture, "tta" + suffix.replace("/", "_"))
+        self._stop(pl_module)
+
+    # --- random views ----------------------------------------------------------------------------------------------
+
+    def _start_random(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # draws come from the dataset and would pass by what these hooks do to a batch
+        for hook in ("on_before_batch_transfer", "on_after_batch_transfer"):
+            owners = (pl_module, getattr(trainer, "datamodule", None))
+            if any(owner is not None and is_overridden(hook, owner) for owner in owners):
+                raise MisconfigurationException(
+                    f"views='random' draws in the dataset, but {hook} changes the batches after it; move that into the "
+                    "dataset's transform or into the network, or use deterministic views"
+                )
+        augmentation = self.augmentation or training_augmentation(trainer)
+        for loader in self._loaders:
+            if loader.batches is None:
+                raise MisconfigurationException(
+                    "views='random' reads each sample again by its index, and the order of this loader is not known; "
+                    "use a map-style dataset without shuffling, or deterministic views"
+                )
+            source: DataLoader[Any] = loader.loader
+            dataset = RandomViews(loader.dataset, augmentation, self.num_views - 1, self.seed)
+            # a generator of its own: the seed of the worker processes is not drawn from the run's random numbers
+            draws = DataLoader(
+                dataset,
+                batch_sampler=loader.batches,
+                num_workers=source.num_workers,
+                pin_memory=source.pin_memory,
+                generator=torch.Generator(),
+            )
+            loader.draws = iter(draws)
+
+    @staticmethod
+    def _random_views(loader: _LoaderPass, call: NetworkCall) -> list[Callable[[Tensor], Tensor]]:
+        if loader.draws is None:
+            raise RuntimeError("no random draws were started for this loader")
+        drawn = next(loader.draws).to(call.images.device, call.images.dtype, non_blocking=True)
+        return [functools.partial(_take, drawn[:, view]) for view in range(drawn.shape[1])]
+
+
+# --- which views, which weights --------------------------------------------------------------------------------------
+
+
+def _extra_views(views: str | list[View]) -> list[View]:
+    """The views beside the plain one."""
+    if views == "random":
+        return []
+    if isinstance(views, str):
+        if views not in VIEW_SETS:
+            raise ValueError(f"views={views!r} is none of {', '.join(map(repr, VIEW_SETS))}, 'random', and no list")
+        return list(VIEW_SETS[views][1:])
+    for view in views:
+        if isinstance(view, str):
+            check_view(view)
+        elif not callable(view):
+            raise ValueError(f"a view is a name or a function of a batch of images, got {view!r}")
+    return [view for view in views if view != "identity"]
+
+
+def _beta_weights(beta: float | str | None, num_views: int) -> list[float] | None:
+    """Weights of fastai's two rules: 2.x gives the plain view `beta`; 0.7 repeats it once for every four others."""
+    others = num_views - 1
+    if beta is None or others == 0:
+        return None
+    if beta == "v07":
+        beta = math.ceil(others / 4) / (math.ceil(others / 4) + others)
+    elif beta == "v2":
+        beta = 0.25
+    if isinstance(beta, str) or not 0 <= beta <= 1:
+        raise ValueError(f"beta={beta!r} is not a share in [0, 1], 'v2' or 'v07'")
+    return [beta] + [(1 - beta) / others] * others
+
+
+@dataclass
+class _Answers:
+    logits: Tensor
+    images: Tensor
+    index: Tensor
+
+
+def _call_with(call: NetworkCall, state: dict[str, Tensor], images: Tensor) -> Tensor:
+    """The network of `call` under other weights."""
+    answer: Tensor = torch.func.functional_call(call.network, state, (images,), call.kwargs)
+    return answer
+
+
+def _snapshot_states(trainer: pl.Trainer, call: NetworkCall) -> list[dict[str, Tensor]]:
+    """Weights of the network in each checkpoint that a callback lists in `snapshots`, less those in force now."""
+    paths: list[Path] = []
+    for player in players(trainer):
+        listed = getattr(player, "snapshots", None)
+        paths += list(listed) if isinstance(listed, list | tuple) else []
+    prefix = f"{call.name}." if call.name else ""
+    current = call.network.state_dict()
+    states = []
+    for path in paths:
+        loaded = torch.load(path, map_location=call.images.device, weights_only=True)
+        loaded = loaded.get("state_dict", loaded)
+        state = {name.removeprefix(prefix): value for name, value in loaded.items() if name.startswith(prefix)}
+        if state.keys() != current.keys():
+            differing = sorted(state.keys() ^ current.keys())[:3]
+            raise MisconfigurationException(
+                f"snapshot {path} does not hold the network {call.name!r}: {differing} are in one only; take it "
+                "out of the snapshots, or train anew"
+            )
+        if not all(torch.equal(state[name], current[name]) for name in current):
+            states.append(state)
+    return states
+
+
+def _plain(images: Tensor) -> Tensor:
+    return images
+
+
+def _take(drawn: Tensor, images: Tensor) -> Tensor:
+    return drawn
+
+
+def _answers(
+    network: Callable[[Tensor], Tensor],
+    images: Tensor,
+    views: Iterable[Callable[[Tensor], Tensor]],
+    chunk_size: int | None,
+) -> list[Tensor]:
+    """Logits of each view; views of one size are joined into one forward, `chunk_size` of them at most."""
+    answers: list[Tensor] = []
+    chunk: list[Tensor] = []
+
+    def run_chunk() -> None:
+        if not chunk:
+            return
+        try:
+            joined = network(torch.cat(chunk) if len(chunk) > 1 else chunk[0])
+        except (RuntimeError, AssertionError, ValueError) as error:
+            if chunk[0].shape == images.shape:
+                raise
+            raise MisconfigurationException(
+                f"the network refuses a view of {chunk[0].shape[-2]}x{chunk[0].shape[-1]} px where the batch holds "
+                f"{images.shape[-2]}x{images.shape[-1]} px: {error}; use views of one size (views='flip', or crops "
+                "with crop_px=None), or a network without a fixed input size"
+            ) from error
+        answers.extend(joined.chunk(len(chunk)))
+        chunk.clear()
+
+    for view in views:
+        try:
+            drawn = view(images)
+        except ValueError as error:
+            raise MisconfigurationException(f"TTAEval: {error}") from error
+        if chunk and (drawn.shape != chunk[0].shape or len(chunk) == chunk_size):
+            run_chunk()
+        chunk.append(drawn)
+    run_chunk()
+    return answers
+
+
+# --- what a loader holds ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _LoaderPass:
+    """One loader during one pass: which samples come, and what was found of them on this rank."""
+
+    loader: Any
+    batches: list[list[int]] | None
+    rows: list[dict[str, Tensor]] = field(default_factory=list)
+    sheet: dict[int, Tensor] = field(default_factory=dict)
+    activation: Activation = "softmax"
+    draws: Iterator[Tensor] | None = None
+    seen_batches: int = 0
+    seen_samples: int = 0
+
+    @property
+    def dataset(self) -> Any:
+        return getattr(self.loader, "dataset", None)
+
+    def next_index(self, num_samples: int) -> Tensor:
+        """Places in the dataset of the batch that has just run; running numbers where the order is not known."""
+        first, self.seen_samples = self.seen_samples, self.seen_samples + num_samples
+        batch, self.seen_batches = self.seen_batches, self.seen_batches + 1
+        return torch.arange(first, first + num_samples) if self.batches is None else torch.tensor(self.batches[batch])
+
+
+def _sampled_batches(loader: Any) -> list[list[int]] | None:
+    """The indices of this rank's batches, in order; None where the order is random or there are no indices."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return None
+    # Lightning 2.6 puts `_IndexBatchSamplerWrapper` around it for predict, and iterating that one clears its record
+    batch_sampler: Any = getattr(loader.batch_sampler, "_batch_sampler", loader.batch_sampler)
+    if batch_sampler is None or isinstance(getattr(batch_sampler, "sampler", None), RandomSampler):
+        return None
+    with isolate_rng(include_cuda=False):
+        first, second = (list(map(list, batch_sampler)) for _ in range(2))
+    return first if first == second else None
+
+
+def _whole_set(trainer: pl.Trainer, loader: _LoaderPass) -> dict[str, Tensor] | None:
+    """The rows of all ranks in the order of their index, each sample once."""
+    own = {name: torch.cat([rows[name] for rows in loader.rows]) for name in (loader.rows[0] if loader.rows else ())}
+    shards = [shard for shard in gather_objects(trainer, own) if shard]
+    if not shards:
+        return None
+    rows = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
+    order = rows["index"].argsort(stable=True)
+    if trainer.world_size > 1 and loader.batches is not None:
+        index = rows["index"][order]
+        order = order[torch.cat([index.new_ones(1, dtype=torch.bool), index[1:] != index[:-1]])]
+    return {name: value[order] for name, value in rows.items()}

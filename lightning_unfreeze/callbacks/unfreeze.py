@@ -1,0 +1,600 @@
+"""`GradualUnfreeze`: the conductor. It owns the plan, freezes and unfreezes, and announces the stages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any, ClassVar, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import BaseFinetuning, LearningRateFinder, StochasticWeightAveraging
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from rich.console import Console
+from torch import nn
+
+from lightning_unfreeze.callbacks.base import StageCallback, StageRun, players
+from lightning_unfreeze.distributed import gather_objects, rebuild_ddp, refuse_untested_strategy
+from lightning_unfreeze.layer_groups import (
+    LayerGroup,
+    frozen_modules,
+    layer_groups,
+    rate_ratios,
+    select,
+    split_param_groups,
+)
+from lightning_unfreeze.reporting import plot_stages, report_dir, save_figure, table_of, write_csv
+from lightning_unfreeze.seeding import rng_state, seed_all, set_rng_state
+from lightning_unfreeze.stages import Stage, check_plan, plan_epochs
+
+_LIGHTNING_DEFAULT_EPOCHS = 1000
+_CURVE_POINTS_PER_EPOCH = 50
+_SCHEDULERS_LISTS_PER_GROUP = frozenset(
+    {"base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums", "base_values"}
+)
+
+
+class GradualUnfreeze(StageCallback):
+    """Runs a plan of stages in one `Trainer.fit`: freezes, unfreezes, and gives each layer group its rate.
+
+    Sole writer of `requires_grad`, of the train/eval mode of frozen modules, of the optimizer's param groups, and of
+    the random state at the start of an epoch (a function of seed, epoch and rank, so that a resumed run goes on as
+    the uninterrupted one).
+
+    Frozen means frozen: `requires_grad=False`, no gradient (so no momentum and no decay moves it), and eval mode of
+    every module of the group: BatchNorm keeps its statistics, dropout and stochastic depth are off. The optimizer's
+    param groups are split by layer group once, before training, and stay the same for the whole fit, so the state of
+    groups that go on training is kept, and a checkpoint always fits. What `configure_optimizers` set (weight decay and
+    other options per group) is kept; parameters it left out follow with the optimizer's defaults.
+
+    Args:
+        stages: The plan; `Trainer(max_epochs=...)` need not be given.
+        network: Attribute of the module that holds the network, e.g. `"model"`; None finds it (see `layer_groups`).
+        on_plan_change: What to do when a checkpoint was written by another plan: `"error"`, or `"restage"` to go on
+            with the new plan in the stage of the same name.
+
+    Raises:
+        ValueError: For an empty plan or one that uses a name twice.
+    """
+
+    order: ClassVar[int] = 0
+
+    def __init__(
+        self,
+        stages: list[Stage],
+        network: str | None = None,
+        on_plan_change: Literal["error", "restage"] = "error",
+    ) -> None:
+        check_plan(stages)
+        if on_plan_change not in ("error", "restage"):
+            raise ValueError(f"on_plan_change={on_plan_change!r} is not 'error' or 'restage'")
+        self.stages = list(stages)
+        self.network = network
+        self.on_plan_change = on_plan_change
+        self.groups: dict[str, LayerGroup] = {}
+        self._index, self._start_epoch, self._start_step = 0, 0, 0
+        self._over = False
+        self._restaged = False
+        self._seed: int | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._entered: int | None = None
+        self._frozen: list[nn.Module] = []
+        self._modes_before: dict[nn.Module, bool] = {}
+        self._fixed: set[nn.Parameter] = set()
+        self._seeded_epoch: int | None = None
+        self._clock = time.monotonic()
+        self._rows: list[dict[str, Any]] = []
+        self._rates: list[tuple[int, dict[str, float]]] = []
+        self._metric: list[tuple[int, float]] = []
+
+    # --- before training -------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Checks the plan against the trainer, the other callbacks and the module; sets `max_epochs` from the plan.
+
+        Raises:
+            MisconfigurationException: For a clash, with what to do.
+            NotImplementedError: For a strategy under which unfreezing is not known to be right.
+        """
+        if not isinstance(trainer, pl.Trainer):
+            raise MisconfigurationException(
+                f"GradualUnfreeze needs lightning.pytorch.Trainer, got {type(trainer).__module__}.Trainer; "
+                "import both from `lightning.pytorch`"
+            )
+        if stage != "fit":
+            return
+        super().setup(trainer, pl_module, stage)
+        self._start_afresh(trainer)
+        refuse_untested_strategy(trainer)
+        if not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                "stages need automatic optimization; the module sets automatic_optimization=False"
+            )
+        self._refuse_other_callbacks(trainer)
+        self._check_needs(trainer)
+        self._set_max_epochs(trainer)
+        # a module that builds its network in `configure_model` is looked at in `on_fit_start`, when it is there
+        if not is_overridden("configure_model", pl_module):
+            self._find_groups(pl_module)
+
+    def _start_afresh(self, trainer: pl.Trainer) -> None:
+        """Forgets another fit, unless the Trainer goes on where it was interrupted."""
+        self._put_modes_back()
+        self._entered, self._loaded = None, None
+        if trainer.current_epoch == 0 and trainer.global_step == 0:
+            self._index, self._start_epoch, self._start_step, self._seed = 0, 0, 0, None
+            self._over, self._restaged = False, False
+            self._rows, self._rates, self._metric = [], [], []
+
+    def _refuse_other_callbacks(self, trainer: pl.Trainer) -> None:
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            reason = None
+            if isinstance(other, GradualUnfreeze) and other is not self:
+                reason = "a Trainer takes one plan; put all stages into one GradualUnfreeze"
+            elif isinstance(other, BaseFinetuning) or type(other).__name__ == "FinetuningScheduler":
+                reason = "it freezes and unfreezes too; express it as stages"
+            elif isinstance(other, LearningRateFinder):
+                reason = "it gives every param group one rate; use LRFinderPerStage and lr='find'"
+            elif isinstance(other, StochasticWeightAveraging):
+                reason = "it takes over the learning rates; use CosineRestarts(snapshots=True), or WeightAveraging"
+            if reason:
+                raise MisconfigurationException(f"GradualUnfreeze cannot run beside {type(other).__name__}: {reason}")
+
+    def _check_needs(self, trainer: pl.Trainer) -> None:
+        present = {base.__name__ for player in players(trainer) for base in type(player).__mro__}
+        for stage in self.stages:
+            for option, callback in stage.needs.items():
+                if callback not in present:
+                    raise MisconfigurationException(
+                        f"stage {stage.name!r} has {option}, which {callback} serves, and the Trainer has none; "
+                        f"add {callback}() to its callbacks or take the option out"
+                    )
+
+    def _set_max_epochs(self, trainer: pl.Trainer) -> None:
+        planned = plan_epochs(self.stages)
+        given = trainer.max_epochs
+        if trainer.fast_dev_run or trainer.current_epoch > 0:  # type: ignore[attr-defined]
+            return
+        if given not in (None, -1, _LIGHTNING_DEFAULT_EPOCHS, planned):
+            raise MisconfigurationException(
+                f"Trainer(max_epochs={given}), but the {len(self.stages)} stages last {planned} epochs; leave "
+                f"max_epochs out, or set it to {planned}"
+            )
+        trainer.fit_loop.max_epochs = planned
+
+    def _find_groups(self, pl_module: pl.LightningModule) -> None:
+        self.groups = layer_groups(pl_module, self.network)
+        for stage in self.stages:
+            try:
+                chosen = select(self.groups, stage.train)
+                rate_ratios(list(self.groups), stage.lr_mult)
+            except ValueError as error:
+                raise MisconfigurationException(f"stage {stage.name!r}: {error}") from None
+            first = next(iter(self.groups))
+            if stage.precompute and first in chosen:
+                raise MisconfigurationException(
+                    f"stage {stage.name!r}: precompute=True stores what the frozen part gives, but the first layer "
+                    f"group {first!r} trains; set precompute=False or train fewer groups"
+                )
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Freezes, splits the optimizer's param groups, and wraps what trains; the weights are loaded by now."""
+        if not self.groups or is_overridden("configure_model", pl_module):
+            self._find_groups(pl_module)
+        # what an earlier fit found: a layer group that it left frozen whole hides which of its parameters are fixed
+        known = self._fixed & set(pl_module.parameters())
+        self._fixed = known | _parameters_that_never_train(self.groups)
+        if self._loaded is not None:
+            self._take_over(trainer, self._loaded)
+        if self._seed is None:
+            self._seed = trainer.strategy.broadcast(torch.initial_seed() & (2**63 - 1))
+        self._split_optimizer(trainer, pl_module)
+        self._log_plan(trainer)
+        self._show_stage_on_bar(trainer)
+        self.enter_stage(trainer)
+        self._seeded_epoch = self._start_epoch if self._loaded is None else self._loaded["next_epoch"]
+        self._seed_epoch(trainer, self._seeded_epoch)
+        self._clock = time.monotonic()
+
+    def _split_optimizer(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if len(trainer.optimizers) != 1:
+            raise MisconfigurationException(
+                f"stages drive one optimizer, `configure_optimizers` returned {len(trainer.optimizers)}"
+            )
+        optimizer = trainer.optimizers[0]
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        if schedulers and self._sets_rates(trainer):
+            raise MisconfigurationException(
+                f"`configure_optimizers` returned the scheduler {type(schedulers[0]).__name__}, and the stages set the "
+                "learning rates: two writers of one quantity; return the optimizer alone"
+            )
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise MisconfigurationException(
+                "LBFGS takes one param group, and stages need one per layer group; use another optimizer, e.g. AdamW"
+            )
+        if "layer_group" in optimizer.param_groups[0]:  # a second fit with the same optimizer
+            return
+        before = list(optimizer.param_groups)
+        after, parents = split_param_groups(before, self.groups, optimizer.defaults)
+        for group in after:
+            group["given_lr"] = float(group["lr"])
+        if schedulers:
+            _follow_first(after, before[0], len(before), parents)
+        # in place: Lightning's wrapper and the schedulers hold the same list
+        optimizer.param_groups[:] = after
+        for scheduler in schedulers:
+            _expand_scheduler(scheduler, len(before), parents)
+
+    def _sets_rates(self, trainer: pl.Trainer) -> bool:
+        writers = [player for player in players(trainer) if player.writes_rates]
+        return bool(writers) or any(stage.lr is not None or stage.lr_mult != 1 for stage in self.stages)
+
+    # --- stages ----------------------------------------------------------------------------------------------------
+
+    def current_run(self, trainer: pl.Trainer) -> StageRun:
+        """The stage of the coming epoch, and where it started."""
+        resumed = trainer.global_step > self._start_step or trainer.current_epoch > self._start_epoch
+        resumed = resumed and not self._restaged
+        stage, following = (*self.stages[self._index : self._index + 2], None)[:2]
+        return StageRun(self._index, stage, self._start_epoch, self._start_step, resumed, following=following)
+
+    def enter_stage(self, trainer: pl.Trainer) -> StageRun:
+        """Freezes and unfreezes for the current stage, and wraps what trains, if that is not done yet."""
+        run = self.current_run(trainer)
+        if self._entered == run.index:
+            return run
+        chosen = set(select(self.groups, run.stage.train))
+        for name, group in self.groups.items():
+            for parameter in group.parameters():
+                parameter.requires_grad_(name in chosen and parameter not in self._fixed)
+                if not parameter.requires_grad:
+                    parameter.grad = None
+        self._set_modes(trainer.lightning_module, chosen)
+        rebuild_ddp(trainer)
+        self._entered = run.index
+        return run
+
+    def _set_modes(self, pl_module: pl.LightningModule, chosen: set[str]) -> None:
+        self._put_modes_back()
+        self._frozen = frozen_modules(pl_module, self.groups, chosen)
+        self._modes_before = {module: module.training for root in self._frozen for module in root.modules()}
+
+    def _put_modes_back(self) -> None:
+        for module, training in self._modes_before.items():
+            module.training = training
+        self._frozen, self._modes_before = [], {}
+
+    def _set_rates(self, trainer: pl.Trainer, run: StageRun) -> None:
+        if not self._sets_rates(trainer):
+            return
+        chosen = select(self.groups, run.stage.train)
+        ratios = rate_ratios(list(self.groups), run.stage.lr_mult)
+        for group in trainer.optimizers[0].param_groups:
+            peak = run.stage.lr if isinstance(run.stage.lr, float | int) else group["given_lr"]
+            trains = group["layer_group"] in chosen
+            group["peak_lr"] = group["lr"] = float(peak) * ratios[group["layer_group"]] if trains else 0.0
+
+    @contextmanager
+    def around_stage_start(self, trainer: pl.Trainer, run: StageRun) -> Iterator[None]:
+        """A random state that depends on the stage alone, for a range test; the epoch's own is put back after it."""
+        before = rng_state()
+        seed_all("stage", self._seed or 0, run.index, trainer.global_rank)
+        try:
+            yield
+        finally:
+            set_rng_state(before)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Ends a stage whose last batch is in the checkpoint, but not its end (Lightning goes on in the next epoch)."""
+        run = self.current_run(trainer)
+        if trainer.current_epoch >= run.end_epoch and run.index + 1 < len(self.stages):
+            self._announce(trainer, pl_module)
+            self._finish_stage(trainer, pl_module, asked_to=False, next_epoch=trainer.current_epoch)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts a stage, and sets the random state of the epoch."""
+        # the first epoch's order was drawn when its loader was made: seeding again would repeat those draws
+        if self._seeded_epoch != trainer.current_epoch:
+            self._seed_epoch(trainer, trainer.current_epoch)
+        self._seeded_epoch = None
+        super().on_train_epoch_start(trainer, pl_module)
+        self._put_frozen_in_eval_mode()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Keeps frozen modules in eval mode, whatever `train()` was called since; starts a resumed stage."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._put_frozen_in_eval_mode()
+        if batch_idx == 0:
+            # again: on some ways to resume Lightning draws from the validation loader between epoch and batch start
+            seed_all("batches", self._seed or 0, trainer.current_epoch, trainer.global_rank)
+        elif self._loaded is not None and len(self._loaded["rng"]) == trainer.world_size:
+            set_rng_state(self._loaded["rng"][trainer.global_rank])
+        self._loaded = None
+
+    def frozen_roots(self) -> list[nn.Module]:
+        """The outermost modules that are frozen in the current stage."""
+        return self._frozen
+
+    def _put_frozen_in_eval_mode(self) -> None:
+        for root in self._frozen:
+            if root.training:
+                root.eval()
+
+    def _seed_epoch(self, trainer: pl.Trainer, epoch: int) -> None:
+        seed_all("epoch", self._seed or 0, epoch, trainer.global_rank)
+
+    def _finish_stage(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, asked_to: bool, next_epoch: int | None = None
+    ) -> None:
+        run = self.run
+        if run is None:
+            return
+        self._end(trainer, pl_module, run)
+        next_epoch = trainer.current_epoch + 1 if next_epoch is None else next_epoch
+        self._close_row(trainer, run, next_epoch)
+        if run.index + 1 < len(self.stages):
+            self._index, self._start_epoch, self._start_step = run.index + 1, next_epoch, trainer.global_step
+            self._restaged = False
+            trainer.fit_loop.max_epochs = next_epoch + plan_epochs(self.stages[self._index :])
+        elif asked_to:
+            self._over = True
+            trainer.fit_loop.max_epochs = next_epoch
+
+    # --- what there is to look at ----------------------------------------------------------------------------------
+
+    def on_stage_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
+        """Sets the rates of the stage, and says what trains in it."""
+        # not in `enter_stage`: on resume the optimizer's param groups, rates included, are loaded after that
+        if self.run is not None and not (self.run.resumed and self._loaded is not None):
+            self._set_rates(trainer, self.run)
+        trained = select(self.groups, stage.train)
+        count = sum(p.numel() for name in trained for p in self.groups[name].parameters() if p.requires_grad)
+        rank_zero_info(
+            f"stage {self._index + 1}/{len(self.stages)} {stage.name!r}: trains {', '.join(trained)} "
+            f"({count:,} parameters) for {'at most ' if stage.until else ''}{stage.num_epochs} epochs"
+        )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keeps the rates for the picture, and logs them with the stage as often as the Trainer logs."""
+        step = trainer.global_step
+        every = max(1, int(min(trainer.num_training_batches, 1e6)) // _CURVE_POINTS_PER_EPOCH)
+        log_every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        to_log = log_every > 0 and step % log_every == 0
+        if batch_idx % every and not to_log:
+            return
+        rates: dict[str, float] = {}
+        for group in trainer.optimizers[0].param_groups:
+            if any(parameter.requires_grad for parameter in group["params"]):
+                rates.setdefault(group["layer_group"], float(group["lr"]))
+        if batch_idx % every == 0:
+            self._rates.append((step, rates))
+        if to_log:
+            for logger in trainer.loggers:
+                logger.log_metrics(
+                    {"stage": float(self._index), **{f"lr/{name}": rate for name, rate in rates.items()}}, step=step
+                )
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keeps the validation metric for the summary."""
+        name = self._metric_name(trainer)
+        fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if fitting and name in trainer.callback_metrics:
+            self._metric.append((trainer.global_step, float(trainer.callback_metrics[name])))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prints the table of the stages and writes `stages.csv` and `stages.png` beside the checkpoints."""
+        run, stopped = self.run, not self._ended
+        super().on_train_end(trainer, pl_module)
+        if run is not None and stopped:
+            self._close_row(trainer, run, trainer.current_epoch)
+        if trainer.is_global_zero and self._rows and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._write_summary(trainer)
+
+    @rank_zero_only
+    def _write_summary(self, trainer: pl.Trainer) -> None:
+        best = f"best_{self._metric_name(trainer)}"
+        rows = [{**{k: row[k] for k in ("stage", "epochs", "seconds")}, best: row["_best"]} for row in self._rows]
+        if trainer.progress_bar_callback is not None:
+            Console().print(table_of(rows, title="stages"))
+        folder = report_dir(trainer)
+        if folder is None:
+            return
+        write_csv(folder / "stages.csv", rows)
+        bands = [(row["stage"], row["_first_step"], row["_last_step"]) for row in self._rows]
+        figure = plot_stages(bands, self._rates, self._metric, self._metric_name(trainer))
+        save_figure(trainer, figure, "stages")
+
+    def _close_row(self, trainer: pl.Trainer, run: StageRun, next_epoch: int) -> None:
+        name = self._metric_name(trainer)
+        values = [value for step, value in self._metric if run.start_step < step <= trainer.global_step]
+        mode = getattr(trainer.checkpoint_callback, "mode", None) if name == self._monitored(trainer) else None
+        lower_is_better = mode == "min" if mode else "loss" in name
+        best = (min if lower_is_better else max)(values) if values else float("nan")
+        seconds = time.monotonic() - self._clock
+        self._clock = time.monotonic()
+        row = {"stage": run.stage.name, "epochs": next_epoch - run.start_epoch, "seconds": round(seconds, 3)}
+        row |= {"_best": best, "_first_step": run.start_step, "_last_step": trainer.global_step}
+        self._rows.append(row)
+
+    def _metric_name(self, trainer: pl.Trainer) -> str:
+        return self._monitored(trainer) or next(
+            (name for name in ("val_acc", "val_loss") if name in trainer.callback_metrics), "val_acc"
+        )
+
+    def _monitored(self, trainer: pl.Trainer) -> str | None:
+        return getattr(trainer.checkpoint_callback, "monitor", None)
+
+    def _log_plan(self, trainer: pl.Trainer) -> None:
+        for logger in trainer.loggers:
+            logger.log_hyperparams({f"stage_{index}": stage.name for index, stage in enumerate(self.stages)})
+
+    def _show_stage_on_bar(self, trainer: pl.Trainer) -> None:
+        bar = trainer.progress_bar_callback
+        if bar is None or "get_metrics" in vars(bar):
+            return
+        metrics_of = bar.get_metrics
+
+        def with_stage(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+            stage = {"stage": f"{self._index + 1}/{len(self.stages)} {self.stages[self._index].name}"}
+            return {**stage, **metrics_of(trainer, pl_module)}
+
+        bar.get_metrics = with_stage  # type: ignore[method-assign]
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The plan, where it stands, and the random state of every rank: primitives and tensors only."""
+        if self._seed is None:
+            return {}
+        return {
+            "plan": [asdict(stage) for stage in self.stages],
+            "groups": {name: [n for n, _ in group.named_parameters()] for name, group in self.groups.items()},
+            "index": self._index,
+            "start_epoch": self._start_epoch,
+            "start_step": self._start_step,
+            "over": self._over,
+            "seed": self._seed,
+            "rows": self._rows,
+            "rates": self._rates,
+            "metric": self._metric,
+        }
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Adds the random state of every rank, which only the Trainer can gather."""
+        checkpoint["callbacks"].get(self.state_key, {})["rng"] = gather_objects(trainer, rng_state())
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Takes the state of the run from `checkpoint`, when fitting.
+
+        Raises:
+            MisconfigurationException: For a checkpoint that was not written by a staged run.
+        """
+        if trainer.state.fn != "fit":
+            return
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if not state:
+            raise MisconfigurationException(
+                "the checkpoint was not written by a run with GradualUnfreeze, so its optimizer does not fit the "
+                "stages; load its weights (`load_from_checkpoint`) and fit without ckpt_path"
+            )
+        self._loaded = {**state, "next_epoch": _next_epoch(checkpoint["loops"]["fit_loop"])}
+
+    def _take_over(self, trainer: pl.Trainer, state: dict[str, Any]) -> None:
+        ours = {name: [n for n, _ in group.named_parameters()] for name, group in self.groups.items()}
+        if state["groups"] != ours:
+            changed = sorted(name for name in {*ours, *state["groups"]} if ours.get(name) != state["groups"].get(name))
+            raise MisconfigurationException(
+                f"the checkpoint's layer groups differ from the module's in {changed}; resume with the same module"
+            )
+        plan = [asdict(stage) for stage in self.stages]
+        index = state["index"]
+        if plan != state["plan"]:
+            difference = _difference(state["plan"], plan)
+            if self.on_plan_change == "error":
+                raise MisconfigurationException(
+                    f"the checkpoint was written by another plan: {difference}; resume with the same plan, or allow "
+                    "the change by GradualUnfreeze(on_plan_change='restage')"
+                )
+            current = state["plan"][index]["name"]
+            names = [stage.name for stage in self.stages]
+            if current not in names:
+                raise MisconfigurationException(
+                    f"cannot restage: the checkpoint stands in stage {current!r}, the new plan has {names}"
+                )
+            # a stage that was itself changed starts anew where it stands: other rates, another range test
+            self._restaged = plan[names.index(current)] != state["plan"][index]
+            index = names.index(current)
+            rank_zero_info(f"the plan has changed ({difference}); going on in stage {current!r}")
+        self._index, self._start_epoch, self._start_step = index, state["start_epoch"], state["start_step"]
+        self._seed = state["seed"]
+        self._rows, self._rates, self._metric = list(state["rows"]), list(state["rates"]), list(state["metric"])
+        trainer.fit_loop.max_epochs = self._start_epoch + plan_epochs(self.stages[index:])
+        self._over = state["over"] and plan == state["plan"]
+        if self._over:  # the last stage ended before its time
+            trainer.fit_loop.max_epochs = state["next_epoch"]
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leaves `requires_grad` as the last stage had it; train/eval modes and the progress bar as they were."""
+        super().teardown(trainer, pl_module, stage)
+        if trainer.progress_bar_callback is not None:
+            vars(trainer.progress_bar_callback).pop("get_metrics", None)
+        self._put_modes_back()
+        self._entered, self._loaded = None, None
+
+
+def _next_epoch(fit_loop: dict[str, Any]) -> int:
+    """The epoch whose order is drawn first after a resume.
+
+    Lightning takes an epoch whose last batch was saved in `on_train_batch_end` for finished. Read from the loop's state
+    in the checkpoint, which has no public form; guarded by `test_resume__goes_on_as_if_never_stopped`
+    (Lightning 2.5 to 2.6).
+    """
+    epochs = fit_loop["epoch_progress"]["current"]["processed"]
+    batches = fit_loop["epoch_loop.batch_progress"]
+    saved_at_batch_end = batches["total"]["completed"] == batches["total"]["processed"] - 1
+    return int(epochs + (saved_at_batch_end and batches["is_last_batch"]))
+
+
+def _parameters_that_never_train(groups: dict[str, LayerGroup]) -> set[nn.Parameter]:
+    """Parameters that cannot train, or that the module fixed itself in a layer group of which the rest trains.
+
+    A fixed position table stays fixed; a group that is frozen whole is taken for the user's own freezing.
+    """
+    fixed = set()
+    for group in groups.values():
+        parameters = list(group.parameters())
+        some_train = any(parameter.requires_grad for parameter in parameters)
+        fixed |= {
+            parameter
+            for parameter in parameters
+            if not parameter.is_floating_point() or (some_train and not parameter.requires_grad)
+        }
+    return fixed
+
+
+def _expand_scheduler(scheduler: Any, num_before: int, parents: Sequence[int]) -> None:
+    """Repeats a scheduler's per-group lists after param groups were split.
+
+    torch's and timm's schedulers keep one entry per param group and have no public way to add one; guarded by
+    `test_unfreeze__a_scheduler_that_does_not_fight_gives_the_same_rates` (torch 2.5 to 2.15).
+    """
+    for part in getattr(scheduler, "_schedulers", ()):  # of SequentialLR and ChainedScheduler
+        _expand_scheduler(part, num_before, parents)
+    for name in _SCHEDULERS_LISTS_PER_GROUP & vars(scheduler).keys():
+        value = getattr(scheduler, name)
+        if isinstance(value, list) and len(value) == num_before:
+            setattr(scheduler, name, [value[parent] if parent < num_before else value[0] for parent in parents])
+
+
+def _follow_first(
+    after: Sequence[dict[str, Any]], first: dict[str, Any], num_before: int, parents: Sequence[int]
+) -> None:
+    """Gives param groups that were added the rates of the first one, and what a scheduler keeps in it."""
+    for group, parent in zip(after, parents, strict=True):
+        if parent == num_before:
+            rates = {key: value for key, value in first.items() if key == "lr" or key not in group}
+            group.update(rates)
+
+
+def _difference(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> str:
+    if [row["name"] for row in old] != [row["name"] for row in new]:
+        return f"stages {[row['name'] for row in old]} -> {[row['name'] for row in new]}"
+    changes = [
+        f"{before['name']}.{key}: {before[key]!r} -> {after[key]!r}"
+        for before, after in zip(old, new, strict=True)
+        for key in after
+        if before.get(key) != after[key]
+    ]
+    return ", ".join(changes)

@@ -1,0 +1,116 @@
+"""The console script `lightning-unfreeze`: LightningCLI's commands, and `plan`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+import lightning_unfreeze  # noqa: F401  (makes the short class names known to the parser)
+from lightning_unfreeze.reporting import table_of, write_csv
+
+_EXPECTED_ERRORS = (MisconfigurationException, ValueError, NotImplementedError, OSError)
+
+
+class _Parser(LightningArgumentParser):
+    """A parser whose errors are one line, without the usage of some 300 options."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        lines = [line.strip() for line in message.splitlines() if line.strip()]
+        sys.stderr.write(f"error: {' '.join(lines)} (see `lightning-unfreeze COMMAND --help`)\n")
+        sys.exit(2)
+
+
+class UnfreezeCLI(LightningCLI):
+    """LightningCLI for any LightningModule and LightningDataModule; the plan sets the number of epochs."""
+
+    def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
+        super().__init__(
+            pl.LightningModule,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            # -1 instead of Lightning's None: GradualUnfreeze sets the number, and None makes Lightning warn of 1000
+            trainer_defaults={"max_epochs": -1},
+            parser_class=_Parser,
+            args=None if args is None else list(args),
+            run=run,
+        )
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs `lightning-unfreeze COMMAND ...`; errors that a user can mend are one line, exit status 2.
+
+    Set `LIGHTNING_UNFREEZE_TRACEBACK=1` for the traceback of such an error.
+
+    Args:
+        args: Command line; None takes the process's own.
+    """
+    arguments = [*(sys.argv[1:] if args is None else args)]
+    arguments = _with_packaged_configs(arguments)
+    commands = {"plan": _plan}
+    sys.argv = [sys.argv[0]]  # LightningCLI warns when it is given arguments and the process has some
+    try:
+        command = commands.get(arguments[0]) if arguments else None
+        if command is not None:
+            command(arguments[1:])
+        else:
+            cli = UnfreezeCLI(arguments or ["--help"])
+            if cli.subcommand == "predict":
+                _write_predictions(cli)
+    except _EXPECTED_ERRORS as error:
+        if os.environ.get("LIGHTNING_UNFREEZE_TRACEBACK"):
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        sys.stderr.write(f"error: {message}\n")
+        sys.exit(2)
+
+
+def _with_packaged_configs(arguments: list[str]) -> list[str]:
+    """`configs/NAME.yaml` means the packaged file where the current folder has none."""
+    found = []
+    for argument in arguments:
+        head, equals, tail = argument.rpartition("=")
+        packaged = Path(__file__).parent / "configs" / Path(tail).name
+        if Path(tail).parts[:1] == ("configs",) and not Path(tail).exists() and packaged.is_file():
+            tail = str(packaged)
+        found.append(head + equals + tail)
+    return found
+
+
+def _plan(arguments: list[str]) -> None:
+    from lightning_unfreeze.plan import plan_rows
+
+    cli = UnfreezeCLI(arguments, run=False)
+    rows = plan_rows(cli.trainer, cli.model, cli.datamodule)
+    console = Console()
+    console.print(table_of(rows, title="plan (nothing was trained)"))
+    console.print(f"together {sum(row['epochs'] for row in rows)} epochs, {sum(row['minutes'] for row in rows):.2g} minutes")
+
+
+def _write_predictions(cli: UnfreezeCLI) -> None:
+    """Writes `predictions.csv`: file, class, probability, for each image of the folder."""
+    data = cli.datamodule
+    batches = cli.trainer.predict_loop.predictions
+    files = getattr(data, "predict_files", None)
+    if not files or not batches or not cli.trainer.is_global_zero:
+        return
+    probs = torch.cat([batch for batch in batches])
+    names = getattr(cli.model, "class_names", None) or [str(index) for index in range(probs.shape[1])]
+    best, classes = probs.max(dim=1)
+    rows = [
+        {"file": str(file), "class": names[label], "probability": round(float(prob), 6)}
+        for file, label, prob in zip(files, classes.tolist(), best.tolist(), strict=True)
+    ]
+    path = Path(cli.trainer.log_dir or cli.trainer.default_root_dir) / "predictions.csv"
+    write_csv(path, rows)
+    Console().print(f"{len(rows)} predictions: {path}")

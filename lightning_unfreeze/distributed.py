@@ -1,0 +1,59 @@
+"""DistributedDataParallel around exactly what trains, and the strategies that are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+    XLAStrategy,
+)
+
+_WORKING = "single device (cpu, cuda, mps), 'ddp', 'ddp_spawn', 'ddp_fork', 'ddp_notebook'"
+
+
+def refuse_untested_strategy(trainer: pl.Trainer) -> None:
+    """Refuses a strategy under which unfreezing is not known to be right.
+
+    Sharded strategies fix what trains when they wrap the module, and load callbacks after the optimizer is built.
+
+    Raises:
+        NotImplementedError: Naming the strategies that do work.
+    """
+    strategy = trainer.strategy
+    works = isinstance(strategy, DDPStrategy | SingleDeviceStrategy)
+    if not works or isinstance(strategy, DeepSpeedStrategy | XLAStrategy | SingleDeviceXLAStrategy):
+        raise NotImplementedError(
+            f"stages are not supported under {type(strategy).__name__}: it fixes what trains when it wraps the module; "
+            f"strategies that work: {_WORKING}"
+        )
+
+
+def rebuild_ddp(trainer: pl.Trainer) -> None:
+    """Wraps the module anew, so that the reducer covers exactly the parameters that train now.
+
+    DDP registers its hooks for the parameters with `requires_grad` when it wraps; what is unfrozen later would never
+    be reduced, and the replicas would drift apart without a word (Lightning issue #20340). A collective call: every
+    rank has to make it. The strategy's own DDP options and communication hooks are used again. Does nothing without
+    DDP.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, DDPStrategy):
+        return
+    # dropping the last reference frees the old wrapper with its reducer and its hooks (it holds no reference cycle)
+    strategy.model = strategy.lightning_module
+    strategy.configure_ddp()
+
+
+def gather_objects(trainer: pl.Trainer, value: Any) -> list[Any]:
+    """`value` of every rank, in the order of ranks, on every rank. A collective call under several processes."""
+    if trainer.world_size == 1 or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(values, value)
+    return values

@@ -1,0 +1,151 @@
+"""What a plan will cost before anything is trained: per stage what trains, at which rates, FLOPs and minutes."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
+from lightning_unfreeze.layer_groups import rate_ratios, select
+from lightning_unfreeze.sandbox import batch_on_device, sandbox, training_loss
+from lightning_unfreeze.stages import Stage
+
+_TIMED_STEPS = 3
+
+
+def plan_rows(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, datamodule: pl.LightningDataModule | None
+) -> list[dict[str, Any]]:
+    """One row per stage of the `GradualUnfreeze` of `trainer`; a few batches are run for the timing, none is trained.
+
+    Args:
+        trainer: Gives the callbacks and the accelerator; it is not run itself.
+        pl_module: The module; it is left as it was.
+        datamodule: Gives the training batches.
+
+    Returns:
+        Rows with what trains, the number of parameters, the rates of the first and the last trained layer group,
+        epochs, schedule, images, GFLOPs and minutes. A stage with `precompute` counts one pass over the data and the
+        rest of the network on every epoch.
+
+    Raises:
+        MisconfigurationException: Where the trainer has no `GradualUnfreeze`, or `fit` would refuse the plan.
+    """
+    conductors = [callback for callback in trainer.callbacks if isinstance(callback, GradualUnfreeze)]  # type: ignore[attr-defined]
+    if not conductors:
+        raise MisconfigurationException("there is no plan: add GradualUnfreeze with its stages to trainer.callbacks")
+    conductors[0].setup(trainer, pl_module, "fit")
+    probe = _PlanProbe(conductors[0].stages, conductors[0].network)
+    # a trainer of its own: the user's callbacks and loggers would act on, and write about, a run that is none
+    probing = pl.Trainer(
+        accelerator=trainer.strategy.root_device.type if trainer.strategy.root_device.type != "mps" else "mps",
+        devices=1,
+        precision=trainer.precision,
+        max_epochs=-1,
+        callbacks=[probe],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        limit_train_batches=trainer.limit_train_batches,
+    )
+    probing.fit(pl_module, datamodule=datamodule)
+    return probe.rows
+
+
+class _PlanProbe(GradualUnfreeze):
+    """Sets up a fit, measures a step of each stage, and stops before the first batch is trained."""
+
+    rows: list[dict[str, Any]]
+
+    def _check_needs(self, trainer: pl.Trainer) -> None:
+        """The players are the original trainer's, and were checked there."""
+
+    def _sets_rates(self, trainer: pl.Trainer) -> bool:
+        return True
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measures every stage."""
+        loader = trainer.train_dataloader
+        batch = batch_on_device(trainer, pl_module, next(iter(loader)))
+        batches = int(trainer.num_training_batches)
+        images = len(loader.dataset) if hasattr(loader, "dataset") else 0  # type: ignore[union-attr]
+        self.rows = [self._row(trainer, pl_module, stage, batch, batches, images) for stage in self.stages]
+        self._rows = []
+        trainer.should_stop = True
+
+    def _row(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, batch: Any, batches: int, images: int
+    ) -> dict[str, Any]:
+        self._index, self._entered = self.stages.index(stage), None
+        self.enter_stage(trainer)
+        self._put_frozen_in_eval_mode()
+        trained = select(self.groups, stage.train)
+        with sandbox(trainer, pl_module):
+            step_flops, frozen_flops, step_seconds = self._measure(trainer, pl_module, batch)
+        share = frozen_flops / step_flops if stage.precompute and step_flops else 0.0
+        # a stored stage runs the frozen part once for every image, and only the rest on every epoch
+        passes = stage.num_epochs * (1 - share) + share
+        ratios = rate_ratios(list(self.groups), stage.lr_mult)
+        given = {group["layer_group"]: group["given_lr"] for group in trainer.optimizers[0].param_groups}
+        rates = [_rate(stage, given[name], ratios[name]) for name in (trained[0], trained[-1])]
+        return {
+            "stage": stage.name,
+            "trains": trained[0] if len(trained) == 1 else f"{trained[0]} ... {trained[-1]} ({len(trained)})",
+            "parameters": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
+            "rates": rates[0] if rates[0] == rates[1] else f"{rates[0]} ... {rates[1]}",
+            "epochs": stage.num_epochs,
+            "schedule": _schedule(stage),
+            "images": images * stage.num_epochs,
+            "GFLOPs": round(step_flops * batches * passes / 1e9, 3),
+            "minutes": round(step_seconds * batches * passes / 60, 4),
+        }
+
+    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> tuple[int, int, float]:
+        """FLOPs of a step, FLOPs of its frozen modules, and the seconds of the fastest of a few steps."""
+        paths = {module: name for name, module in pl_module.named_modules()}
+        counter = FlopCounterMode(display=False, depth=None)
+        with counter:
+            self._step(trainer, pl_module, batch)
+        counts = counter.get_flop_counts()
+        root = type(pl_module).__name__
+        frozen = sum(
+            sum(counts.get(key, {}).values())
+            for module in self._frozen
+            for key in (f"{root}.{paths[module]}", paths[module])
+            if key in counts
+        )
+        seconds = []
+        for _ in range(_TIMED_STEPS):
+            start = time.perf_counter()
+            self._step(trainer, pl_module, batch)
+            seconds.append(time.perf_counter() - start)
+        return counter.get_total_flops(), frozen, min(seconds)
+
+    def _step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        loss = training_loss(trainer, pl_module, batch, 0)
+        if loss is not None:
+            loss.backward()  # type: ignore[no-untyped-call]
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def _rate(stage: Stage, given: float, ratio: float) -> str:
+    if stage.lr == "find":
+        return "found" if ratio == 1 else f"found x {ratio:.3g}"
+    return f"{(given if stage.lr is None else stage.lr) * ratio:.3g}"
+
+
+def _schedule(stage: Stage) -> str:
+    if stage.cycle_len is None:
+        return "constant"
+    cycles = " + ".join(f"{float(length):g}" for length in stage.cycle_epochs[:4])
+    more = " + ..." if stage.num_cycles > 4 else ""
+    return f"cosine {cycles}{more}{' until overfit' if stage.until else ''}"

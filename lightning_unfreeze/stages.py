@@ -1,0 +1,207 @@
+"""A stage of a transfer-learning run, and the arithmetic of its length: epochs, cycles, the plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+MAX_STAGE_EPOCHS = 100_000
+"""Longest stage that is taken for meant: a mistyped `cycle_mult` grows a stage beyond any budget."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the plan: what trains, for how long, at which rates.
+
+    Args:
+        name: Unique within the plan; names the stage in logs, files and errors.
+        train: `"head"` (the last layer group), `"all"`, an int (that many layer groups from the top, head included), or
+            a list of layer-group names or globs (surgical fine-tuning, e.g. `["stem", "layer1*"]`).
+        epochs: Length in epochs; or leave it out and give cycles.
+        lr: Peak learning rate of the last layer group; `"find"` for a range test at the start of the stage; None for
+            the rates that the optimizer was given.
+        lr_mult: Factor from one layer group to the next one towards the input, in (0, 1]; or one factor per layer
+            group, input first. `1/3` and `1/10` are the ends of fast.ai's "3x-10x lower" for earlier layers.
+        precompute: Run the frozen part once and train the rest on its stored activations.
+        cycle_len: Length of the first cosine cycle in epochs, may be a fraction. None: the rate stays constant.
+        cycle_mult: Length of a cycle over the length of the one before it.
+        num_cycles: Number of cycles; with `until="overfit"` the most there can be.
+        until: `"overfit"` ends the stage at the first cycle end that brought no improvement.
+
+    Raises:
+        ValueError: For an impossible value, or epochs and cycles that disagree.
+
+    Example:
+        >>> Stage("full", train="all", lr_mult=1 / 3, cycle_len=1, cycle_mult=2, num_cycles=3).num_epochs
+        7
+    """
+
+    name: str
+    train: Literal["head", "all"] | int | list[str] = "all"
+    epochs: int | None = None
+    lr: float | Literal["find"] | None = None
+    lr_mult: float | list[float] = 1.0
+    precompute: bool = False
+    cycle_len: float | None = None
+    cycle_mult: float = 1
+    num_cycles: int = 1
+    until: Literal["overfit"] | None = None
+
+    def __post_init__(self) -> None:
+        self._check_what_trains()
+        self._check_rates()
+        self._check_length()
+
+    def _refuse(self, reason: str) -> ValueError:
+        return ValueError(f"stage {self.name!r}: {reason}")
+
+    def _check_what_trains(self) -> None:
+        if not isinstance(self.name, str) or not self.name.strip() or "/" in self.name:
+            raise ValueError(f"a stage needs a name that is not empty and has no '/' in it, got name={self.name!r}")
+        train = self.train
+        if isinstance(train, bool) or not isinstance(train, str | int | list | tuple):
+            raise self._refuse(f"train={train!r} is not 'head', 'all', a number of layer groups or a list of names")
+        if isinstance(train, str) and train not in ("head", "all"):
+            raise self._refuse(f"train={train!r} is not 'head' or 'all'; for layer groups by name write [{train!r}]")
+        if isinstance(train, int) and train < 1:
+            raise self._refuse(f"train={train} layer groups; at least 1 has to train")
+        if isinstance(train, list | tuple) and not (train and all(isinstance(name, str) for name in train)):
+            raise self._refuse(f"train={train!r} has to list at least one layer-group name")
+        if self.precompute and train == "all":
+            raise self._refuse("precompute=True stores what the frozen part gives, but train='all' freezes nothing")
+
+    def _check_rates(self) -> None:
+        if isinstance(self.lr, str):
+            if self.lr != "find":
+                raise self._refuse(f"lr={self.lr!r} is not a number, 'find' or None")
+        elif self.lr is not None and not _is_positive(self.lr):
+            raise self._refuse(f"lr={self.lr!r} has to be above 0 and finite")
+        factors = self.lr_mult if isinstance(self.lr_mult, list | tuple) else [self.lr_mult]
+        if not factors or not all(_is_positive(factor) and factor <= 1 for factor in factors):
+            raise self._refuse(
+                f"lr_mult={self.lr_mult!r} has to lie in (0, 1]: earlier layer groups never train faster"
+            )
+
+    def _check_length(self) -> None:
+        for option in ("epochs", "num_cycles"):
+            value = getattr(self, option)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise self._refuse(f"{option}={value!r} has to be a whole number of at least 1")
+        if not _is_positive(self.cycle_mult):
+            raise self._refuse(f"cycle_mult={self.cycle_mult!r} has to be above 0 and finite")
+        if self.cycle_len is None:
+            if self.epochs is None:
+                raise self._refuse("has no length; give epochs=..., or cycle_len=... with num_cycles=...")
+            if self.num_cycles != 1 or self.cycle_mult != 1:
+                raise self._refuse(f"num_cycles={self.num_cycles}, cycle_mult={self.cycle_mult} need a cycle_len")
+            if self.until is not None:
+                raise self._refuse(
+                    f"until={self.until!r} is judged at cycle ends; give cycle_len=... and num_cycles=..."
+                )
+            return
+        if not _is_positive(self.cycle_len):
+            raise self._refuse(f"cycle_len={self.cycle_len!r} epochs has to be above 0 and finite")
+        if self.num_cycles > MAX_STAGE_EPOCHS:
+            raise self._refuse(f"num_cycles={self.num_cycles} is above {MAX_STAGE_EPOCHS}")
+        try:
+            total_epochs = cycles_sum(self.cycle_len, self.cycle_mult, self.num_cycles)
+        except OverflowError:
+            total_epochs = Fraction(MAX_STAGE_EPOCHS + 1)
+        cycles = f"{self.num_cycles} cycles from cycle_len={self.cycle_len} with cycle_mult={self.cycle_mult}"
+        if total_epochs > MAX_STAGE_EPOCHS:
+            raise self._refuse(f"{cycles} last more than {MAX_STAGE_EPOCHS} epochs")
+        if self.epochs is not None and self.epochs != math.ceil(total_epochs):
+            raise self._refuse(
+                f"epochs={self.epochs}, but {cycles} last {float(total_epochs):g} epochs; leave one of the two out"
+            )
+        if self.until == "overfit":
+            if self.num_cycles < 2:
+                raise self._refuse("until='overfit' compares cycle ends and needs num_cycles of at least 2 (the most)")
+            if any(length.denominator != 1 for length in self.cycle_epochs):
+                raise self._refuse(f"until='overfit' needs cycles of whole epochs, {cycles} are not")
+
+    @property
+    def cycle_epochs(self) -> list[Fraction]:
+        """Length of each cycle in epochs, exact; empty without `cycle_len`."""
+        if self.cycle_len is None:
+            return []
+        length, mult = as_fraction(self.cycle_len), as_fraction(self.cycle_mult)
+        return [length * mult**index for index in range(self.num_cycles)]
+
+    @property
+    def num_epochs(self) -> int:
+        """Whole epochs of the stage (at most, with `until`); cycles that end inside an epoch round up to its end."""
+        if self.epochs is not None:
+            return self.epochs
+        return math.ceil(sum(self.cycle_epochs))
+
+    @property
+    def needs(self) -> dict[str, str]:
+        """What the stage asks of other callbacks: the option as written -> the callback that serves it."""
+        needs = {}
+        if self.precompute:
+            needs["precompute=True"] = "PrecomputeFeatures"
+        if self.lr == "find":
+            needs["lr='find'"] = "LRFinderPerStage"
+        if self.cycle_len is not None:
+            needs[f"cycle_len={self.cycle_len}"] = "CosineRestarts"
+        return needs
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def as_fraction(value: float) -> Fraction:
+    """The rational number that `value` was written for, so that 0.1 is a tenth and 1/3 a third.
+
+    >>> as_fraction(0.1) * 10 == 1, as_fraction(1 / 3) * 3 == 1
+    (True, True)
+    """
+    if isinstance(value, int | Fraction):
+        return Fraction(value)
+    nearest = Fraction(value).limit_denominator(10_000)
+    return nearest if float(nearest) == value else Fraction(value)
+
+
+def cycles_sum(cycle_len: float, cycle_mult: float, num_cycles: int) -> Fraction:
+    """Sum of `num_cycles` cycle lengths, each `cycle_mult` times the one before it, exact.
+
+    Raises:
+        OverflowError: Where the last cycle alone would be longer than `MAX_STAGE_EPOCHS`.
+
+    >>> cycles_sum(1, 2, 3)
+    Fraction(7, 1)
+    """
+    if cycle_mult > 1 and (num_cycles - 1) * math.log(cycle_mult) > math.log(MAX_STAGE_EPOCHS / cycle_len) + 1:
+        raise OverflowError(f"{num_cycles} cycles with cycle_mult={cycle_mult}")
+    length, mult = as_fraction(cycle_len), as_fraction(cycle_mult)
+    if mult == 1:
+        return length * num_cycles
+    return length * (mult**num_cycles - 1) / (mult - 1)
+
+
+def check_plan(stages: Sequence[Stage]) -> None:
+    """Refuses a plan that is empty, holds something else than stages, or uses a name twice.
+
+    Raises:
+        ValueError: With what was passed.
+    """
+    if isinstance(stages, Stage) or not stages or not all(isinstance(stage, Stage) for stage in stages):
+        raise ValueError(f"a plan is a list of at least one Stage, got {stages!r}")
+    names = [stage.name for stage in stages]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"stage names have to differ, {twice} are used more than once in {names}")
+
+
+def plan_epochs(stages: Sequence[Stage]) -> int:
+    """Epochs of the whole plan (at most, where a stage has `until`).
+
+    >>> plan_epochs([Stage("head", train="head", epochs=2), Stage("full", cycle_len=1, cycle_mult=2, num_cycles=3)])
+    9
+    """
+    return sum(stage.num_epochs for stage in stages)

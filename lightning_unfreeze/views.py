@@ -1,0 +1,264 @@
+"""Views of an image, and what becomes of a model's answers to them: merge, uncertainty, learnt weights.
+
+Everything here is a pure function of tensors. Images are `(N, channels, H, W)`, logits of V views `(V, N, C)`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+Merge = Literal["mean", "log_mean", "gmean", "max", "vote"]
+Activation = Literal["softmax", "sigmoid"]
+
+_CORNERS = ("top_left", "top_right", "bottom_left", "bottom_right", "centre")
+CROP_SHARE = 7 / 8
+"""Side of a crop over the side of the image where no size is given."""
+
+VIEW_SETS: dict[str, tuple[str, ...]] = {
+    "flip": ("identity", "hflip"),
+    "five_crop": ("identity", *_CORNERS),
+    "ten_crop": ("identity", *_CORNERS, *(f"hflip+{corner}" for corner in _CORNERS)),
+    "d4": ("identity", "rot90", "rot180", "rot270", "hflip", "hflip+rot90", "hflip+rot180", "hflip+rot270"),
+    "multiscale": ("identity", "scale:0.8", "scale:1.25"),
+}
+"""Named sets in a fixed order, the plain image first."""
+
+
+def check_view(name: str) -> None:
+    """Refuses a view that `draw_view` does not know.
+
+    Raises:
+        ValueError: With the names that there are.
+    """
+    for step in name.split("+"):
+        if step in ("identity", "hflip", "vflip", "rot90", "rot180", "rot270", *_CORNERS):
+            continue
+        kind, _, factor = step.partition(":")
+        try:
+            known = kind == "scale" and 0 < float(factor) < math.inf
+        except ValueError:
+            known = False
+        if not known:
+            raise ValueError(
+                f"view {name!r} is not known: {step!r} is none of identity, hflip, vflip, rot90, rot180, rot270, "
+                f"{', '.join(_CORNERS)}, scale:FACTOR; steps are joined with '+', as in 'hflip+rot90'"
+            )
+
+
+def draw_view(images: Tensor, name: str, crop_px: int | None = None) -> Tensor:
+    """One view of a batch, by name; steps joined with `+` run from left to right.
+
+    Crops stand where torchvision's `five_crop` and `ten_crop` put them.
+
+    Args:
+        images: `(N, channels, H, W)`.
+        name: E.g. `"hflip"`, `"rot90"`, `"hflip+top_left"`, `"scale:1.25"`.
+        crop_px: Side of a square crop, which stays that size. None: 7/8 of each side, scaled back to `(H, W)`, so that
+            a network of fixed input size takes it.
+
+    Raises:
+        ValueError: For a view that these images do not have: a quarter turn of a rectangle (a network with a flatten
+            would read scrambled pixels), a crop larger than the image.
+
+    >>> draw_view(torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]), "hflip+rot90").tolist()
+    [[[[1.0, 3.0], [2.0, 4.0]]]]
+    """
+    for step in name.split("+"):
+        images = _draw_step(images, step, crop_px)
+    return images
+
+
+def _draw_step(images: Tensor, step: str, crop_px: int | None) -> Tensor:
+    height, width = images.shape[-2:]
+    if step == "identity":
+        return images
+    if step == "hflip":
+        return images.flip(-1)
+    if step == "vflip":
+        return images.flip(-2)
+    if step.startswith("rot"):
+        quarter_turns = int(step.removeprefix("rot")) // 90
+        if quarter_turns % 2 and height != width:
+            raise ValueError(f"view {step!r} (of 'd4') needs square images, the batch holds {height}x{width} px")
+        return torch.rot90(images, quarter_turns, (-2, -1))
+    if step.startswith("scale:"):
+        factor = float(step.removeprefix("scale:"))
+        return _resize(images, max(1, round(factor * height)), max(1, round(factor * width)))
+    size = [crop_px, crop_px] if crop_px is not None else [round(CROP_SHARE * height), round(CROP_SHARE * width)]
+    if size[0] > height or size[1] > width:
+        raise ValueError(f"a crop of {crop_px} px is larger than the images of {height}x{width} px")
+    crop = TF.five_crop(images, size)[_CORNERS.index(step)]
+    return crop if crop_px is not None else _resize(crop, height, width)
+
+
+def _resize(images: Tensor, height: int, width: int) -> Tensor:
+    # not every device has a half-precision kernel for this, and rounding there would blur the view
+    wide = images.to(torch.promote_types(images.dtype, torch.float32))
+    return F.interpolate(wide, (height, width), mode="bilinear", antialias=True).to(images.dtype)
+
+
+def _log_probs(logits: Tensor, activation: Activation) -> Tensor:
+    """`(V, N, C)` logits -> `(V, N, C)` log-probabilities, or `(V, N, C, 2)` of no and yes for the sigmoid."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if activation == "sigmoid":
+        return torch.stack([F.logsigmoid(-logits), F.logsigmoid(logits)], dim=-1)
+    return logits.log_softmax(-1)
+
+
+def _normalised_weights(weights: Tensor | None, log_probs: Tensor, method: str) -> Tensor:
+    """Weights as `(V, 1, 1 or C[, 1])` that sum to one over the views."""
+    num_views, num_classes = log_probs.shape[0], log_probs.shape[2]
+    if weights is None:
+        weights = log_probs.new_ones(num_views)
+    elif method == "max":
+        raise ValueError("merge 'max' takes no weights; use 'mean', 'gmean' or 'vote'")
+    weights = torch.as_tensor(weights, dtype=log_probs.dtype, device=log_probs.device)
+    if tuple(weights.shape) not in ((num_views,), (num_views, num_classes)):
+        raise ValueError(
+            f"weights have shape {tuple(weights.shape)}, for these logits they are ({num_views},), one per view, "
+            f"or ({num_views}, {num_classes}), one per view and class"
+        )
+    total = weights.sum(0)
+    if not (bool((weights >= 0).all()) and bool((total > 0).all()) and bool(torch.isfinite(total).all())):
+        raise ValueError(f"weights have to be finite, not negative and not all zero, got {weights.tolist()}")
+    weights = (weights / total).reshape(num_views, 1, -1)
+    return weights.unsqueeze(-1) if log_probs.ndim == 4 else weights
+
+
+def _log_weighted_mean(log_probs: Tensor, weights: Tensor) -> Tensor:
+    # shifted by the largest view instead of adding log(weight): a weight of zero keeps a finite gradient
+    largest = log_probs.amax(0).clamp_min(torch.finfo(log_probs.dtype).min)
+    return largest + (weights * (log_probs - largest).exp()).sum(0).log()
+
+
+def merge_views(
+    logits: Tensor, method: Merge = "mean", weights: Tensor | None = None, activation: Activation = "softmax"
+) -> Tensor:
+    """Merge the answers to V views into one, in log space.
+
+    Each view is activated first; the merge is of probabilities and is normalised again:
+
+    * `"mean"`: mean of the probabilities (fastai's rule).
+    * `"log_mean"`, `"gmean"`: mean of the log-probabilities, which is the geometric mean of the probabilities.
+    * `"max"`: largest probability of each class.
+    * `"vote"`: share of the views that chose the class; a millionth of the mean breaks ties and keeps the log finite.
+
+    Args:
+        logits: `(V, N, C)`; half precision is merged in float32, float64 stays.
+        method: How to merge.
+        weights: `(V,)` or `(V, C)`, not negative, of any sum. None: all views alike.
+        activation: `"softmax"` over C classes, or `"sigmoid"` for C labels of their own.
+
+    Returns:
+        `(N, C)` log-probabilities: of the classes, or of each label being there.
+
+    Raises:
+        ValueError: For an unknown method, shapes that do not fit, or impossible weights.
+
+    >>> two_views = torch.tensor([[[0.9, 0.1]], [[0.5, 0.5]]]).log()
+    >>> merge_views(two_views).exp()
+    tensor([[0.7000, 0.3000]])
+    """
+    if logits.ndim != 3:
+        raise ValueError(f"logits have shape {tuple(logits.shape)}, they have to be (V, N, C): views, samples, classes")
+    log_probs = _log_probs(logits, activation)
+    share = _normalised_weights(weights, log_probs, method)
+    if method == "mean":
+        merged = _log_weighted_mean(log_probs, share)
+    elif method in ("log_mean", "gmean"):
+        # a view of weight zero has no say, not even with a probability of zero
+        merged = torch.where(share > 0, share * log_probs, 0.0).sum(0)
+    elif method == "max":
+        merged = log_probs.amax(0)
+    elif method == "vote":
+        ballots = F.one_hot(log_probs.argmax(-1), log_probs.shape[-1])
+        tie_break = 1e-6
+        votes = (share * ballots).sum(0) * (1 - tie_break)
+        merged = (votes + tie_break * _log_weighted_mean(log_probs, share).exp()).log()
+    else:
+        raise ValueError(f"merge {method!r} is none of 'mean', 'log_mean', 'gmean', 'max', 'vote'")
+    merged = merged.log_softmax(-1)
+    return merged[..., 1] if activation == "sigmoid" else merged
+
+
+def uncertainty(logits: Tensor, activation: Activation = "softmax") -> dict[str, Tensor]:
+    """How far the views agree, per sample; entropies in nats, for the sigmoid summed over the labels.
+
+    Args:
+        logits: `(V, N, C)`.
+        activation: As in `merge_views`.
+
+    Returns:
+        Each `(N,)`: `"entropy"` of the mean prediction, `"mutual_information"` (that entropy less the views' mean
+        entropy: what the views disagree about), `"agreement"` (share of views that predict what the mean predicts).
+    """
+    log_probs = _log_probs(logits, activation)
+    mean = log_probs.logsumexp(0) - math.log(len(log_probs))
+    entropy = torch.special.entr(mean.exp()).sum(-1)
+    information = entropy - torch.special.entr(log_probs.exp()).sum(-1).mean(0)
+    agreement = (log_probs.argmax(-1) == mean.argmax(-1)).to(mean.dtype).mean(0)
+    if activation == "sigmoid":
+        entropy, information, agreement = entropy.sum(-1), information.sum(-1), agreement.mean(-1)
+    return {"entropy": entropy, "mutual_information": information.clamp_min(0), "agreement": agreement}
+
+
+def negative_log_likelihood(log_probs: Tensor, target: Tensor, activation: Activation = "softmax") -> Tensor:
+    """Mean over samples (and labels), in nats: `(N, C)` log-probabilities, target `(N,)` or `(N, C)` of 0 and 1."""
+    if activation == "sigmoid":
+        return F.binary_cross_entropy(log_probs.exp().clamp(0, 1), target.to(log_probs.dtype))
+    return F.nll_loss(log_probs, target.long())
+
+
+def fit_view_weights(
+    logits: Tensor, target: Tensor, per_class: bool = False, activation: Activation = "softmax"
+) -> tuple[Tensor, float]:
+    """Weights of the views for merge `"mean"`, and the temperature, by likelihood (Shanmugam et al., 2021, section 4).
+
+    The temperature is fitted on the plain view, then the weights under it, not negative. To be fitted on samples that
+    no reported number is computed from.
+
+    Args:
+        logits: `(V, N, C)`, the plain view first.
+        target: `(N,)` classes, or `(N, C)` of 0 and 1 for the sigmoid.
+        per_class: One weight per view and class instead of one per view.
+        activation: As in `merge_views`.
+
+    Returns:
+        Weights `(V,)` or `(V, C)` in float64 that sum to one over the views, and the temperature that divides logits.
+    """
+    # evaluation runs in inference mode, whose tensors no gradient can be taken through
+    with torch.inference_mode(False), torch.enable_grad():
+        return _fit_view_weights(logits.detach().double().cpu().clone(), target.cpu().clone(), per_class, activation)
+
+
+def _fit_view_weights(logits: Tensor, target: Tensor, per_class: bool, activation: Activation) -> tuple[Tensor, float]:
+    from scipy.optimize import minimize, minimize_scalar
+
+    shape = (logits.shape[0], logits.shape[2]) if per_class else (logits.shape[0],)
+
+    def plain_loss(log_temperature: float) -> float:
+        plain = merge_views(logits[:1] / math.exp(log_temperature), activation=activation)
+        return negative_log_likelihood(plain, target, activation).item()
+
+    temperature = math.exp(minimize_scalar(plain_loss, bounds=(-3.0, 3.0), method="bounded").x)
+
+    def loss_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        weights = torch.from_numpy(flat).reshape(shape).requires_grad_()
+        merged = merge_views(logits / temperature, "mean", weights, activation)
+        loss = negative_log_likelihood(merged, target, activation)
+        (gradient,) = torch.autograd.grad(loss, weights)
+        return loss.item(), gradient.numpy().ravel()
+
+    # all weights at zero have no sum to divide by, so the bound is a hair above it
+    start = np.full(math.prod(shape), 1 / shape[0])
+    found = minimize(loss_and_gradient, start, jac=True, method="L-BFGS-B", bounds=[(1e-9, 1.0)] * len(start)).x
+    weights = torch.from_numpy(found).reshape(shape)
+    weights = torch.where(weights > 1e-6, weights, 0.0)
+    return weights / weights.sum(0), temperature

@@ -1,0 +1,665 @@
+"""`TTAEval` on modules as users write them; each number against a loop in plain PyTorch or arithmetic written here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+import torchmetrics
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torchvision.transforms import v2
+
+from lightning_unfreeze.callbacks.base import StageCallback, StageRun
+from lightning_unfreeze.callbacks.tta import TTAEval, merge_views
+from lightning_unfreeze.seeding import keyed_rng
+from lightning_unfreeze.stages import Stage
+
+REPO = Path(__file__).parents[2].resolve()
+CLASSES = 3
+
+# Lightning 2.6 asks torch for a class that newer torch renames
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")
+
+
+def small_net(num_outputs: int = CLASSES) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(3),
+        nn.Flatten(),
+        nn.Dropout(0.5),
+        nn.Linear(36, num_outputs),
+    )
+
+
+def restless(net: nn.Sequential) -> nn.Sequential:
+    """Without a constant part in the answer: predictions of random images vary, and flip with the image."""
+    with torch.no_grad():
+        net.eval()
+        net[6].bias -= net(images_and_targets(500)[0]).mean(0)
+    return net.train()
+
+
+class Module(pl.LightningModule):
+    """A user's module: own steps, own metrics; `call` says how its steps reach the network."""
+
+    def __init__(self, net: nn.Module | None = None, call: str = "net", loss: Callable[..., Any] = F.cross_entropy):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = small_net() if net is None else net
+        for part in self.net.modules():
+            if isinstance(part, nn.BatchNorm2d):  # statistics that train mode would not reproduce
+                part.running_mean.uniform_(-0.3, 0.3)
+                part.running_var.uniform_(0.5, 1.5)
+        if type(self.net) is nn.Sequential and len(self.net) == 7:
+            restless(self.net)
+        self.call, self.loss = call, loss
+        if loss is F.cross_entropy:
+            self.val_acc = torchmetrics.Accuracy("multiclass", num_classes=CLASSES, average="micro")
+        self.train_acc = torchmetrics.Accuracy("multiclass", num_classes=CLASSES)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.net(images)
+
+    def logits(self, batch: Any) -> torch.Tensor:
+        images = batch["image"] if isinstance(batch, dict) else batch[0]
+        if self.call == "self":
+            return self(images)
+        if self.call == "normalised":
+            return self.net(2 * images - 1)
+        return self.net(images)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.loss(self.logits(batch), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        target = batch["label"] if isinstance(batch, dict) else batch[1]
+        logits = self.logits(batch)
+        if self.loss is F.cross_entropy:
+            self.val_acc(logits, target)
+            self.log("val_acc", self.val_acc)
+
+    test_step = validation_step
+
+    def predict_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.logits(batch).argmax(1)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+def images_and_targets(num: int = 21, size_px: int = 8, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    return torch.rand(num, 3, size_px, size_px, generator=rng), torch.randint(CLASSES, (num,), generator=rng)
+
+
+def load(*tensors: torch.Tensor, batch_size: int = 8, **options: Any) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(*tensors), batch_size=batch_size, **options)
+
+
+def trainer_with(*callbacks: Any, **options: Any) -> pl.Trainer:
+    quiet = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
+    return pl.Trainer(callbacks=list(callbacks), **{**quiet, **options})
+
+
+def view_probs(net: nn.Module, views: list[torch.Tensor]) -> torch.Tensor:
+    """The oracle: each view alone through the network in eval mode."""
+    was, _ = net.training, net.eval()
+    with torch.no_grad():
+        probs = torch.stack([net(view).softmax(-1) for view in views])
+    net.train(was)
+    return probs
+
+
+@pytest.mark.parametrize("call", ["net", "self", "normalised"])
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_tta__numbers_are_those_of_a_plain_loop(call: str, chunk_size: int | None) -> None:
+    module, (images, target) = Module(call=call), images_and_targets(60)
+    tta = TTAEval(["hflip", "vflip", "hflip+vflip"], chunk_size=chunk_size, figure=False)
+    (logged,) = trainer_with(tta).test(module, load(images, target), verbose=False)
+
+    inputs = 2 * images - 1 if call == "normalised" else images
+    probs = view_probs(module.net, [inputs, inputs.flip(-1), inputs.flip(-2), inputs.flip(-1, -2)])
+    rows = torch.arange(60)
+    plain, merged = probs[0], probs.mean(0)
+    right, right_tta = plain.argmax(1) == target, merged.argmax(1) == target
+    expected = {
+        "test_acc_plain": right.float().mean(),
+        "test_acc_tta": right_tta.float().mean(),
+        "test_nll_plain": -plain[rows, target].log().mean(),
+        "test_nll_tta": -merged[rows, target].log().mean(),
+        "test_tta_fixed": (right_tta & ~right).sum(),
+        "test_tta_broken": (right & ~right_tta).sum(),
+        "test_tta_gain": right_tta.float().mean() - right.float().mean(),
+        "test_tta_agreement": (probs.argmax(-1) == merged.argmax(-1)).float().mean(),
+        "test_tta_entropy": -(merged * merged.log()).sum(1).mean(),
+    }
+    assert expected["test_tta_fixed"] + expected["test_tta_broken"] > 0, "the case shows nothing"
+    for name, value in expected.items():
+        assert logged[name] == pytest.approx(float(value), abs=1e-5), name
+    # 15 bins of confidence, as Guo et al. (2017) define it
+    confidence, bins = merged.amax(1), (merged.amax(1) * 15).ceil()
+    ece = sum(
+        abs((right_tta[bins == b].float() - confidence[bins == b]).sum().item()) / 60 for b in bins.unique().tolist()
+    )
+    assert logged["test_ece_tta"] == pytest.approx(ece, abs=1e-5)
+
+
+def test_tta__runs_each_view_of_each_image_once() -> None:
+    """V views cost V forwards, the plain one included, and the user's own step sees what it sees without TTA."""
+    module, (images, target) = Module(), images_and_targets()
+    rows: list[int] = []
+    module.net[0].register_forward_hook(lambda part, args, output: rows.append(len(args[0])))
+    tta = TTAEval("d4", figure=False)
+    (logged,) = trainer_with(tta).validate(module, load(images, target), verbose=False)
+    assert sum(rows) == 8 * 21
+    assert rows == [8, 56, 8, 56, 5, 35]
+
+    without = Module()
+    (plain,) = trainer_with().validate(without, load(images, target), verbose=False)
+    assert logged["val_acc"] == plain["val_acc"] == pytest.approx(logged["val_acc_plain"])
+    rows.clear()
+    trainer_with(TTAEval("d4", chunk_size=3, figure=False)).validate(module, load(images, target), verbose=False)
+    assert rows[:4] == [8, 24, 24, 8]
+
+
+def test_tta__merged_predictions_feed_the_modules_own_metrics() -> None:
+    module, (images, target) = Module(), images_and_targets(60)
+    module.metrics = torchmetrics.MetricCollection(
+        {"f1": torchmetrics.F1Score("multiclass", num_classes=CLASSES, average="macro")}, prefix="val_"
+    )
+    (logged,) = trainer_with(TTAEval(figure=False)).validate(module, load(images, target), verbose=False)
+    merged = view_probs(module.net, [images, images.flip(-1)]).mean(0).argmax(1)
+    f1 = []
+    for label in range(CLASSES):
+        hits = ((merged == label) & (target == label)).sum().item()
+        f1.append(2 * hits / max(1, (merged == label).sum().item() + (target == label).sum().item()))
+    assert logged["val_f1_tta"] == pytest.approx(sum(f1) / CLASSES, abs=1e-6)
+    assert not [name for name in logged if "train" in name]
+    assert module.metrics["f1"].update_count == 0
+
+
+@pytest.mark.parametrize(("beta", "weight"), [("v2", 0.25), ("v07", 2 / 9), (0.6, 0.6)])
+def test_tta__beta_weighs_the_plain_view(beta: Any, weight: float) -> None:
+    module, (images, target) = Module(), images_and_targets()
+    tta = TTAEval("d4", beta=beta, figure=False)
+    trainer_with(tta).test(module, load(images, target), verbose=False)
+    views = [torch.rot90(part, turns, (-2, -1)) for part in (images, images.flip(-1)) for turns in range(4)]
+    probs = view_probs(module.net, views)
+    expected = weight * probs[0] + (1 - weight) * probs[1:].mean(0)
+    torch.testing.assert_close(tta.results["test"].merged.exp(), expected)
+
+
+def test_tta__multi_label_counts_each_label() -> None:
+    module, (images, _) = Module(loss=F.binary_cross_entropy_with_logits), images_and_targets(60)
+    target = torch.rand(60, CLASSES, generator=torch.Generator().manual_seed(3)).round()
+    tta = TTAEval(figure=False)
+    (logged,) = trainer_with(tta).validate(module, load(images, target), verbose=False)
+    with torch.no_grad():
+        net = module.net.eval()
+        plain, merged = net(images).sigmoid(), (net(images).sigmoid() + net(images.flip(-1)).sigmoid()) / 2
+    before, after = (plain > 0.5) == target, (merged > 0.5) == target
+    assert logged["val_acc_tta"] == pytest.approx(after.float().mean().item())
+    assert logged["val_tta_fixed"] == (after & ~before).sum()
+    assert logged["val_tta_broken"] == (before & ~after).sum()
+    assert logged["val_nll_tta"] == pytest.approx(F.binary_cross_entropy(merged, target).item(), rel=1e-5)
+    torch.testing.assert_close(tta.results["val"].merged.exp(), merged)
+
+
+def test_tta__binary_takes_a_single_logit() -> None:
+    net = small_net(1)
+    module, (images, target) = Module(net, loss=F.mse_loss), images_and_targets(40)
+    target = target.clamp(max=1)
+    module.f1 = torchmetrics.F1Score("binary")
+    (logged,) = trainer_with(TTAEval(figure=False)).validate(module, load(images, target), verbose=False)
+    with torch.no_grad():
+        merged = (net.eval()(images).sigmoid() + net(images.flip(-1)).sigmoid())[:, 0] / 2
+    guess = (merged > 0.5).long()
+    assert logged["val_acc_tta"] == pytest.approx((guess == target).float().mean().item())
+    hits = (guess * target).sum().item()
+    assert logged["val_f1_tta"] == pytest.approx(2 * hits / max(1, (guess.sum() + target.sum()).item()))
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "bf16-mixed"])
+def test_tta__half_precision_is_merged_in_float32(precision: Any) -> None:
+    module, (images, target) = Module(), images_and_targets()
+    tta = TTAEval("ten_crop", figure=False)
+    trainer_with(tta, precision=precision).test(module, load(images, target), verbose=False)
+    merged = tta.results["test"].merged
+    assert merged.dtype == torch.float32
+    torch.testing.assert_close(merged.exp().sum(1), torch.ones(21))
+    exact = TTAEval("ten_crop", figure=False)
+    trainer_with(exact).test(Module(), load(images, target), verbose=False)
+    torch.testing.assert_close(merged, exact.results["test"].merged, rtol=0, atol=0.03)
+
+
+def test_tta__probabilities_are_not_activated_twice() -> None:
+    net = small_net()
+    images, target = images_and_targets()
+    plain, softmaxed = TTAEval(figure=False), TTAEval(figure=False)
+    trainer_with(plain).test(Module(net), load(images, target), verbose=False)
+    trainer_with(softmaxed).test(Module(nn.Sequential(net, nn.Softmax(1))), load(images, target), verbose=False)
+    # the first module drew new BatchNorm statistics from seed 0, and so did the second
+    torch.testing.assert_close(softmaxed.results["test"].merged, plain.results["test"].merged)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"views": "flips"}, "'flips'.*'flip'"),
+        ({"views": ["hflop"]}, "hflop"),
+        ({"views": [3]}, "function"),
+        ({"merge": "median"}, "median"),
+        ({"beta": 1.5}, r"1\.5"),
+        ({"beta": "v3"}, "v3"),
+        ({"beta": 0.3, "merge": "max"}, "beta=0.3"),
+        ({"num_random": 0}, "num_random=0"),
+        ({"chunk_size": 0}, "chunk_size=0"),
+        ({"every": 0}, "every=0"),
+        ({"every": "epoch"}, "epoch"),
+        ({"on": ["fit"]}, "fit"),
+        ({"activation": "tanh"}, "tanh"),
+        ({"augmentation": abs}, "views='random'"),
+    ],
+)
+def test_tta__refuses_impossible_arguments(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TTAEval(**kwargs)
+
+
+class NoCall(Module):
+    def logits(self, batch: Any) -> torch.Tensor:
+        features = self.net[:5](batch[0])
+        return self.net[6](features)
+
+
+class TwoCalls(Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = small_net()
+
+    def logits(self, batch: Any) -> torch.Tensor:
+        return self.net(batch[0]) + self.teacher(batch[0])
+
+
+class SplitCalls(Module):
+    """Backbone and head called one after the other: the backbone's features are no logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(3, CLASSES)
+
+    def logits(self, batch: Any) -> torch.Tensor:
+        return self.head(self.backbone(batch[0]))
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "size_px", "message"),
+    [
+        (NoCall, {}, (8, 8), "saw none|gives features"),
+        (TwoCalls, {}, (8, 8), r"saw 2.*\['net', 'teacher'\].*forward="),
+        (SplitCalls, {}, (8, 8), "backbone.*gives features"),
+        (Module, {"forward": "model"}, (8, 8), "'model' is no submodule.*net"),
+        (Module, {"views": "d4"}, (8, 6), "square"),
+        (Module, {"views": "five_crop", "crop_px": 9}, (8, 8), "9 px is larger"),
+        (
+            lambda: Module(nn.Sequential(nn.Flatten(), nn.Linear(192, 3))),
+            {"views": "multiscale"},
+            (8, 8),
+            "6x6 px.*8x8",
+        ),
+        (Module, {"target": 2}, (8, 8), "no target"),
+        (Module, {"merge": "learnt"}, (8, 8), "no weights yet.*trainer.validate"),
+        (Module, {"views": "random"}, (8, 8), "augmentation="),
+    ],
+)
+def test_tta__refuses_what_the_module_or_the_data_do_not_have(
+    module: Callable[[], Module], options: dict[str, Any], size_px: tuple[int, int], message: str
+) -> None:
+    made = module()
+    batch = (torch.rand(8, 3, *size_px), torch.zeros(8, dtype=torch.long), torch.zeros(5, 8).T[:, :0])
+    if options.get("target") == 2:
+        batch = (*batch[:2], torch.zeros(8))
+        loader: Any = DataLoader(
+            TensorDataset(*batch), batch_size=8, collate_fn=lambda rows: [*_stack(rows)[:2], "meta"]
+        )
+    else:
+        loader = load(*batch[:2])
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer_with(TTAEval(figure=False, **options)).test(made, loader, verbose=False)
+    assert not any(part._forward_hooks for part in made.modules()), "an error leaves no hook behind"
+
+
+def _stack(rows: list[Any]) -> list[torch.Tensor]:
+    return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+
+def test_tta__named_network_is_the_one_that_is_watched() -> None:
+    module, (images, target) = TwoCalls(), images_and_targets()
+    tta = TTAEval(forward="teacher", figure=False)
+    trainer_with(tta).test(module, load(images, target), verbose=False)
+    expected = view_probs(module.teacher, [images, images.flip(-1)]).mean(0)
+    torch.testing.assert_close(tta.results["test"].merged.exp(), expected)
+
+
+class NoisyEvaluation(Module):
+    def on_test_model_eval(self) -> None:
+        self.eval()
+        self.net[5].train()
+
+
+def test_tta__refuses_dropout_in_training_mode() -> None:
+    with pytest.raises(MisconfigurationException, match=r"'5'.*training mode"):
+        trainer_with(TTAEval(figure=False)).test(NoisyEvaluation(), load(*images_and_targets()), verbose=False)
+
+
+def test_tta__batches_may_be_dicts() -> None:
+    images, target = images_and_targets()
+    rows = [{"image": image, "label": label} for image, label in zip(images, target, strict=True)]
+    as_dict, as_tuple = TTAEval(figure=False), TTAEval(figure=False)
+    trainer_with(as_dict).test(Module(), DataLoader(rows, batch_size=8), verbose=False)  # type: ignore[arg-type]
+    trainer_with(as_tuple).test(Module(), load(images, target), verbose=False)
+    assert as_dict.results["test"].metrics == as_tuple.results["test"].metrics
+
+
+# --- predict ---------------------------------------------------------------------------------------------------------
+
+
+def test_tta__predict_returns_merged_probabilities_spread_and_indices() -> None:
+    module, (images, target) = Module(), images_and_targets()
+    batches: Any = trainer_with(TTAEval("flip")).predict(module, load(images, target))
+    probs = view_probs(module.net, [images, images.flip(-1)])
+    torch.testing.assert_close(torch.cat([batch["probs"] for batch in batches]), probs.mean(0))
+    torch.testing.assert_close(torch.cat([batch["spread"] for batch in batches]), (probs[0] - probs[1]).abs() / 2)
+    assert torch.cat([batch["index"] for batch in batches]).tolist() == list(range(21))
+    assert torch.equal(torch.cat([batch["output"] for batch in batches]), probs[0].argmax(1))
+    assert "predict_step" not in vars(module)
+    left_alone: Any = trainer_with(TTAEval(on=["test"])).predict(module, load(images, target))
+    assert torch.equal(torch.cat(left_alone), probs[0].argmax(1))
+
+
+# --- random views ----------------------------------------------------------------------------------------------------
+
+
+class Photos(Dataset[Any]):
+    """A dataset as torchvision's: `transform` on what is decoded."""
+
+    def __init__(self, num: int, transform: Any) -> None:
+        self.images, self.targets = images_and_targets(num)
+        self.transform = transform
+        self.decoded: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Any:
+        self.decoded.append(index)
+        return self.transform(self.images[index]), self.targets[index]
+
+
+AUGMENT = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomCrop(8, padding=2)])
+
+
+class Photo2(pl.LightningDataModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.train, self.eval = Photos(6, AUGMENT), Photos(30, v2.Identity())
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(Subset(self.train, [0, 1]), batch_size=2)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(Subset(self.eval, list(range(29, 8, -1))), batch_size=8)
+
+
+def test_tta__random_views_are_the_training_augmentation_keyed_by_seed_view_and_index() -> None:
+    module, data = Module(), Photo2()
+    tta = TTAEval("random", num_random=3, seed=5, figure=False)
+    trainer_with(tta).test(module, datamodule=data, verbose=False)
+    # once for the plain view, once for all three draws
+    assert sorted(data.eval.decoded) == sorted([*range(9, 30)] * 2)
+
+    def draw(view: int, index: int) -> torch.Tensor:
+        with keyed_rng("tta", 5, view, index):  # the key is the index in the loader's own dataset
+            return AUGMENT(data.eval.images[29 - index])
+
+    plain = torch.stack([data.eval.images[29 - index] for index in range(21)])
+    views = [plain, *(torch.stack([draw(view, index) for index in range(21)]) for view in range(3))]
+    torch.testing.assert_close(tta.results["test"].merged.exp(), view_probs(module.net, views).mean(0))
+    again = TTAEval("random", num_random=3, seed=6, augmentation=AUGMENT, figure=False)
+    trainer_with(again).test(module, datamodule=data, verbose=False)
+    assert not torch.equal(again.results["test"].merged, tta.results["test"].merged)
+
+
+# --- learnt weights --------------------------------------------------------------------------------------------------
+
+
+def test_tta__learnt_weights_come_from_validation_and_are_used_in_test(tmp_path: Path) -> None:
+    module, (images, target) = Module(), images_and_targets(60)
+    fit_on, report_on = load(images[:40], target[:40]), load(images[40:], target[40:])
+    tta = TTAEval("flip", merge="learnt", figure=False)
+    trainer = trainer_with(tta)
+    trainer.validate(module, fit_on, verbose=False)
+    probs = view_probs(module.net, [images, images.flip(-1)])
+    torch.testing.assert_close(tta.results["val"].merged.exp(), probs.mean(0)[:40])
+
+    def loss(weight: float) -> float:
+        heated = (probs[:, :40].log() / tta.temperature).softmax(-1)
+        mixed = weight * heated[0] + (1 - weight) * heated[1]
+        return -mixed[torch.arange(40), target[:40]].log().mean().item()
+
+    assert tta.weights is not None
+    best = min(loss(weight / 100) for weight in range(101))
+    assert loss(tta.weights[0].item()) == pytest.approx(best, abs=1e-4)
+    trainer.test(module, report_on, verbose=False)
+    heated = (probs[:, 40:].log() / tta.temperature).softmax(-1)
+    expected = (tta.weights[:, None, None] * heated).sum(0)
+    torch.testing.assert_close(tta.results["test"].merged.exp(), expected.float())
+    with pytest.raises(MisconfigurationException, match="very dataset"):
+        trainer.test(module, fit_on, verbose=False)
+
+    restored = TTAEval("flip", merge="learnt")
+    torch.save(tta.state_dict(), tmp_path / "state.pt")
+    restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert torch.equal(restored.weights, tta.weights)  # type: ignore[arg-type]
+
+
+# --- during fit ------------------------------------------------------------------------------------------------------
+
+
+class Recorder(pl.Callback):
+    """Epochs whose validation had TTA metrics."""
+
+    def __init__(self, tta: TTAEval) -> None:
+        self.tta, self.last, self.epochs = tta, None, []
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.tta.results.get("val") is not self.last:
+            self.epochs.append(trainer.current_epoch)
+            self.last = self.tta.results["val"]
+
+
+class Conductor(StageCallback):
+    """Stands in for the owner of a plan: announces the stages at their first epochs."""
+
+    order = 0
+
+    def __init__(self, stages: list[Stage]) -> None:
+        self.stages = stages
+
+    def current_run(self, trainer: pl.Trainer) -> StageRun:
+        start = 0
+        for index, stage in enumerate(self.stages):
+            if trainer.current_epoch < start + stage.num_epochs:
+                return StageRun(index, stage, start, 0)
+            start += stage.num_epochs
+        raise AssertionError("past the plan")
+
+
+@pytest.mark.parametrize(
+    ("every", "stages", "expected"),
+    [
+        ("stage_end", None, [5]),
+        (2, None, [1, 3, 5]),
+        ("stage_end", [Stage("a", epochs=2), Stage("b", epochs=4)], [1, 5]),
+        ("stage_end", [Stage("a", train="head", epochs=2, precompute=True), Stage("b", epochs=4)], [5]),
+        (1, [Stage("a", train="head", epochs=2, precompute=True), Stage("b", epochs=4)], [2, 3, 4, 5]),
+        # cycles of 1 and 2 epochs, then one of 3: the stage may end after each of the first two
+        (
+            "stage_end",
+            [Stage("a", cycle_len=1, cycle_mult=2, num_cycles=2, until="overfit"), Stage("b", epochs=3)],
+            [0, 2, 5],
+        ),
+    ],
+)
+def test_tta__during_fit_runs_where_it_was_asked_to(every: Any, stages: Any, expected: list[int]) -> None:
+    tta = TTAEval(every=every, figure=False)
+    recorder = Recorder(tta)
+    callbacks = [tta, recorder, *([] if stages is None else [Conductor(stages)])]
+    loader = load(*images_and_targets(8))
+    trainer_with(*callbacks, max_epochs=6, num_sanity_val_steps=1).fit(Module(), loader, loader)
+    assert recorder.epochs == expected
+
+
+def test_tta__leaves_training_as_it_is() -> None:
+    weights = []
+    for callbacks in ([], [TTAEval("d4", every=1, figure=False)]):
+        pl.seed_everything(0, verbose=False)
+        module, loader = Module(), load(*images_and_targets(), shuffle=True)
+        trainer_with(*callbacks, max_epochs=2).fit(module, loader, load(*images_and_targets()))
+        weights.append(torch.cat([value.flatten().float() for value in module.state_dict().values()]))
+    assert torch.equal(*weights)
+
+
+class Snapshots(StageCallback):
+    def __init__(self, snapshots: list[Path]) -> None:
+        self.snapshots = snapshots
+
+
+def test_tta__snapshots_answer_all_views(tmp_path: Path) -> None:
+    module, (images, target) = Module(), images_and_targets()
+    other = Module()
+    with torch.no_grad():
+        other.net[6].weight.neg_()
+    paths = []
+    for name, member in (("other", other), ("same", module)):
+        paths.append(tmp_path / f"{name}.ckpt")
+        torch.save({"state_dict": member.state_dict()}, paths[-1])
+    tta = TTAEval("flip", beta=0.5, figure=False)
+    trainer_with(tta, Snapshots(paths)).test(module, load(images, target), verbose=False)
+    # the snapshot that equals the current weights is not counted twice
+    members = [view_probs(member.net, [images, images.flip(-1)]).mean(0) for member in (module, other)]
+    torch.testing.assert_close(tta.results["test"].merged.exp(), torch.stack(members).mean(0))
+    torch.save({"state_dict": {"net.0.weight": torch.zeros(1)}}, paths[0])
+    with pytest.raises(MisconfigurationException, match="other.ckpt"):
+        trainer_with(TTAEval(figure=False), Snapshots(paths)).test(module, load(images, target), verbose=False)
+
+
+# --- the picture -----------------------------------------------------------------------------------------------------
+
+
+def test_tta__writes_its_picture_beside_the_checkpoints(tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    from PIL import Image
+
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "checkpoints")
+    trainer = trainer_with(TTAEval(), checkpoint, enable_checkpointing=True)
+    trainer.test(Module(), load(*images_and_targets(60)), verbose=False)
+    with Image.open(tmp_path / "checkpoints" / "tta.png") as picture:
+        assert picture.width > 800
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+_RANKS = """
+import json, sys
+import torch
+sys.path[:0] = [{tests!r}, {callbacks!r}]
+torch.set_num_threads(1)
+from test_tta import Module, TTAEval, images_and_targets, load, nn, trainer_with
+
+torch.manual_seed(0)
+ranks, size = int(sys.argv[1]), int(sys.argv[2])
+net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3))
+
+class Still(Module):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_rows", float(len(batch[1])), sync_dist=True, batch_size=len(batch[1]))
+        self.logits(batch)
+
+    test_step = validation_step
+
+module, loader = Still(net), load(*images_and_targets(size), batch_size=3)
+tta = TTAEval("d4", figure=False)
+options = dict(devices=ranks, strategy="ddp_fork") if ranks > 1 else dict(devices=1)
+trainer = trainer_with(tta, max_epochs=1, **options)
+
+class Report(type(tta).__mro__[1]):
+    order = 99
+    def tell(self, trainer, name):
+        result = tta.results[name]
+        logged = {{key: value.item() for key, value in trainer.callback_metrics.items() if "tta" in key}}
+        with open(f"{{sys.argv[3]}}-{{name}}-{{trainer.global_rank}}.json", "w") as file:
+            merged = result.merged.double().tolist()
+            json.dump(dict(index=result.index.tolist(), metrics=result.metrics, logged=logged, merged=merged), file)
+    def on_fit_end(self, trainer, module):
+        self.tell(trainer, "val")
+    def on_test_end(self, trainer, module):
+        self.tell(trainer, "test")
+
+trainer.callbacks.append(Report())
+trainer.fit(module, load(*images_and_targets(6)), loader)
+trainer.test(module, loader, verbose=False)
+"""
+
+
+@pytest.mark.ddp
+def test_tta__is_the_same_on_one_and_three_ranks(tmp_path: Path) -> None:
+    size = 13  # three ranks take five samples each: two are repeats
+    script = tmp_path / "ranks.py"
+    script.write_text(_RANKS.format(tests=str(REPO / "tests"), callbacks=str(REPO / "tests" / "callbacks")))
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for ranks in (1, 3):
+        command = [sys.executable, "-W", "ignore", str(script), str(ranks), str(size), str(tmp_path / str(ranks))]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for kind in ("val", "test"):
+        one = json.loads((tmp_path / f"1-{kind}-0.json").read_text())
+        assert one["index"] == list(range(size))
+        for rank in range(3):
+            other = json.loads((tmp_path / f"3-{kind}-{rank}.json").read_text())
+            assert other["index"] == one["index"]
+            torch.testing.assert_close(torch.tensor(other["merged"]), torch.tensor(one["merged"]))
+            assert other["metrics"] == pytest.approx(one["metrics"], rel=1e-6, abs=1e-6)
+            assert other["logged"] == pytest.approx(one["logged"], rel=1e-6, abs=1e-6)
+            assert {"test_tta_fixed", "val_tta_fixed"} & set(other["logged"])
+
+
+def test_merge_views__is_public_here() -> None:
+    assert merge_views(torch.zeros(2, 1, 2)).exp().tolist() == [[0.5, 0.5]]

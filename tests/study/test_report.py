@@ -1,0 +1,425 @@
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.image import imread
+
+from lightning_unfreeze.study.analysis import Analysis, StudyInfo
+from lightning_unfreeze.study.plots import PLOTS
+from lightning_unfreeze.study.records import CurvePoint, RunRecord, pack_correct
+from lightning_unfreeze.study.report import comparison_table, cost_table, pairwise_table, write_report
+from lightning_unfreeze.study.verdict import exit_code, judge
+
+N_TEST = 1000
+INFO = StudyInfo("pets", 500, N_TEST, "resnet18", "ImageNet")
+CORE = ("full9", "skip34@epochs", "skip34@images", "skip34@flops", "lp_only")
+# Per arm: epochs of its cycles, and GFLOP of one epoch. `full9` has five cheap epochs before the seven unfrozen ones.
+CYCLES = {"full9": (5, 1, 2, 4), "skip34@epochs": (1, 2, 4), "skip34@images": (1, 2, 4, 5), "skip34@flops": (1, 2, 5)}
+TARGET_CURVE = {"full9": (50.0, 57.0, 59.5, 60.0)}
+
+
+def run(arm: str, seed: int, acc: float, **changes: object) -> RunRecord:
+    """Return a run with the given accuracy (points); its curve climbs to that accuracy over the arm's cycles."""
+    correct = np.zeros(N_TEST, dtype=bool)
+    correct[np.random.default_rng(seed).permutation(N_TEST)[: round(acc * N_TEST / 100)]] = True
+    cycles = CYCLES.get(arm, (1, 2, 4))
+    points, epoch, flops = [], 0, 0.0
+    for i, cycle in enumerate(cycles):
+        for step in range(cycle):
+            epoch += 1
+            flops += 1e9 * (0.3 if arm == "full9" and i == 0 else 1.5)
+            end = step == cycle - 1
+            value = acc - 4 * (len(cycles) - 1 - i) - (0 if end else 8)
+            points.append(CurvePoint(epoch, 500 * epoch, flops, 0.1 * epoch, value / 100, f"stage{i}", end))
+    values: dict[str, object] = {
+        "key": f"{arm}-{seed}",
+        "arm": arm,
+        "seed": seed,
+        "dataset": "pets",
+        "acc": float(correct.mean()),
+        "n_test": N_TEST,
+        "correct": pack_correct(correct),
+        "images": 500 * epoch,
+        "flops": flops,
+        "seconds": 0.1 * epoch,
+        "curve": tuple(points),
+        "lr_trace": {"stem": ((0.0, 0.01), (1.0, 0.0)), "head": ((0.0, 0.1), (1.0, 0.0))},
+        "distortion": {"displacement": 0.3},
+        "probe_images_per_second": 1000.0,
+        "tuned_lr": 0.1,
+        "tuning_curve": ((0.03, 0.5), (0.1, 0.52), (0.3, 0.51)),
+        "code_version": "1",
+    }
+    return RunRecord(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def study(effects: dict[str, float], seeds: int = 8, sd: float = 0.4, arms: tuple[str, ...] = CORE) -> list[RunRecord]:
+    """Return runs around 60 points with the arms' true effects, a shared seed deviation of 1 point and `sd` per run."""
+    rng = np.random.default_rng(3)
+    shared = rng.normal(0, 1, seeds)
+    return [
+        run(arm, seed, 60 + effects.get(arm, 0.0) + shared[seed] + sd * rng.normal())
+        for arm in arms
+        for seed in range(seeds)
+    ]
+
+
+def exact(differences: dict[str, list[float]]) -> list[RunRecord]:
+    """Return runs whose accuracy differs from the reference's 60 points by exactly these points, one per seed."""
+    seeds = len(next(iter(differences.values())))
+    runs = [run("full9", seed, 60.0) for seed in range(seeds)]
+    return runs + [run(arm, seed, 60.0 + d) for arm, values in differences.items() for seed, d in enumerate(values)]
+
+
+@pytest.fixture
+def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw every figure but skip its pixels, which take most of a report's time."""
+    monkeypatch.setattr("lightning_unfreeze.study.report._png", lambda figure: b"")
+
+
+class Page(HTMLParser):
+    """Counts what a page holds and collects what it would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.sources: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+
+
+# --- analysis ---------------------------------------------------------------------------------------------------------
+
+
+def test_analysis__pairs_by_seed_and_counts_in_points() -> None:
+    records = [
+        run("full9", 0, 60),
+        run("full9", 1, 61),
+        run("full9", 2, 62),
+        run("skip34@flops", 2, 61),
+        run("skip34@flops", 1, 63),
+    ]
+    comparison = Analysis([*records, run("skip34@flops", 9, 1)], INFO).comparisons["skip34@flops"]
+    assert comparison.seeds == (1, 2)
+    assert comparison.differences.tolist() == pytest.approx([2.0, -1.0])
+    assert comparison.p_holm is None
+
+
+def test_analysis__disagreement_counts_images_that_only_one_arm_gets_right() -> None:
+    a = run("full9", 0, 50.0, correct=pack_correct([1] * 500 + [0] * 500))
+    b = run("skip34@flops", 0, 50.0, correct=pack_correct([0] * 100 + [1] * 500 + [0] * 400))
+    assert Analysis([a, b], INFO).comparisons["skip34@flops"].disagreement == pytest.approx(0.2)
+
+
+def test_analysis__target_is_the_best_mean_cycle_end_less_one_point() -> None:
+    # curves end at 60 and 62 and fall by 4 points a cycle before; in-cycle points lie 8 lower and must not count
+    assert Analysis([run("full9", 0, 60.0), run("full9", 1, 62.0)], INFO).target == pytest.approx(0.60)
+
+
+def test_analysis__target_ignores_epochs_that_only_some_runs_reached() -> None:
+    short = run("full9", 1, 50.0)
+    short = dataclasses.replace(short, curve=short.curve[:8])  # stops after the third cycle, at 46
+    long = run("full9", 0, 60.0)  # 56 there, 60 at the end
+    assert Analysis([short, long], INFO).target == pytest.approx((46 + 56) / 200 - 0.01)
+
+
+def test_analysis__cost_is_read_at_the_first_cycle_end_that_reaches_the_target() -> None:
+    reference, skip = run("full9", 0, 60.0), run("skip34@flops", 0, 63.5)  # cycle ends at 55.5, 59.5, 63.5
+    analysis = Analysis([reference, skip], INFO)  # target 59
+    assert analysis.cost(skip, "epochs") == (3, True)
+    assert analysis.cost(skip, "images") == (1500, True)
+    assert analysis.cost(skip, "flops") == (pytest.approx(4.5e9), True)
+    assert analysis.cost(reference, "flops") == (pytest.approx(5 * 0.3e9 + 7 * 1.5e9), True)
+    assert analysis.cost(run("skip34@flops", 1, 58.9), "epochs") == (8, False)
+
+
+def test_analysis__cost_bracket_spans_the_cycle_before() -> None:
+    # skip: met by epoch 3, not at 1; reference: met by epoch 12, not at 8
+    analysis = Analysis([run("full9", 0, 60.0), run("skip34@flops", 0, 63.5)], INFO)
+    assert analysis.cost_bracket("skip34@flops", "epochs") == pytest.approx((1 / 12, 3 / 8))
+    assert (
+        Analysis([run("full9", 0, 60.0), run("skip34@flops", 0, 50.0)], INFO).cost_bracket("skip34@flops", "epochs")
+        is None
+    )
+
+
+def test_analysis__holm_covers_the_secondary_arms_alone() -> None:
+    comparisons = Analysis(study({"lp_only": -5.0}), INFO).comparisons
+    secondary = {arm: c for arm, c in comparisons.items() if arm != "skip34@flops"}
+    assert comparisons["skip34@flops"].p_holm is None
+    # 8 seeds all of one sign: 2 / 2**8, the smallest of four minus the primary = three p-values
+    assert secondary["lp_only"].p == pytest.approx(2 / 256)
+    assert secondary["lp_only"].p_holm == pytest.approx(3 * 2 / 256)
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([], "0 data sets"),
+        ([run("full9", 0, 60), run("full9", 1, 60, dataset="ants")], "2 data sets .*study merge"),
+        ([run("full9", 0, 60), run("full9", 0, 60, key="other")], "two runs of full9, seed 0"),
+    ],
+)
+def test_analysis__refuses_what_is_not_one_study(records: list[RunRecord], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Analysis(records, INFO)
+
+
+# --- verdict ----------------------------------------------------------------------------------------------------------
+
+SPREAD = [-0.4, -0.2, 0.0, 0.0, 0.2, 0.4]  # mean 0, SD .283, half width .297
+
+
+@pytest.mark.parametrize(
+    ("shift", "outcome", "code", "said"),
+    [
+        (0.0, "upheld", 0, "+0.00 pt [-0.30, +0.30] -> UPHELD within ±1 pt"),
+        (0.5, "small", 0, "+0.50 pt [+0.20, +0.80] -> UPHELD: real, but smaller than your margin of ±1 pt"),
+        (-2.5, "refuted-", 3, "-2.50 pt [-2.80, -2.20] -> REFUTED: skipping is worse"),
+        (2.0, "refuted+", 3, "+2.00 pt [+1.70, +2.30] -> REFUTED: skipping is better"),
+    ],
+)
+def test_verdict__outcome_sentence_and_exit_code(shift: float, outcome: str, code: int, said: str) -> None:
+    verdict = judge(Analysis(exact({"skip34@flops": [shift + s for s in SPREAD]}), INFO))
+    assert verdict.outcome == outcome
+    assert exit_code(verdict) == code
+    assert f"  accuracy, same FLOPs            : {said}  (primary)" in verdict.text.splitlines()
+
+
+def test_verdict__undecided_names_the_seeds_needed() -> None:
+    verdict = judge(Analysis(exact({"skip34@flops": [-2.0, 2.0, -1.0, 1.0]}), INFO))
+    assert (verdict.outcome, exit_code(verdict)) == ("undecided", 4)
+    needed = re.search(r"UNDECIDED: about (\d+) seeds needed at the paired SD of 1.83 pt", verdict.text)  # sqrt(10 / 3)
+    assert needed and 25 <= int(needed[1]) <= 35  # table: 1.5 -> 21, 2.0 -> 36
+
+
+def test_verdict__prints_all_three_budgets_and_that_they_differ() -> None:
+    shifts = {"skip34@flops": 0.1, "skip34@images": 2.0, "skip34@epochs": -2.5}
+    verdict = judge(Analysis(exact({arm: [x + s for s in SPREAD] for arm, x in shifts.items()}), INFO))
+    text = " ".join(verdict.text.split())
+    assert set(verdict.accuracy) == {"flops", "images", "epochs"}
+    for said in ("same FLOPs : +0.10 pt", "same images : +2.00 pt", "same unfrozen epochs : -2.50 pt"):
+        assert said in text
+    assert (
+        "It depends on the budget axis: upheld at the same FLOPs, refuted (better) at the same images, refuted "
+        "(worse) at "
+        "the same unfrozen epochs. Deleting the steps without spending what they cost is a smaller budget, not a "
+        "worse recipe."
+    ) in text
+    assert text.startswith("Prediction under test (fast.ai forum, 2018)")
+    assert text.endswith("This is one data set and one architecture; it does not generalise by itself.")
+
+
+def test_verdict__match_chooses_the_primary_arm() -> None:
+    records = exact({"skip34@flops": SPREAD, "skip34@images": [2.0 + s for s in SPREAD]})
+    info = dataclasses.replace(INFO, match="images")
+    assert judge(Analysis(records, INFO)).outcome == "upheld"
+    assert judge(Analysis(records, info)).outcome == "refuted+"
+
+
+def test_verdict__margin_is_the_users() -> None:
+    records = exact({"skip34@flops": SPREAD})
+    assert judge(Analysis(records, dataclasses.replace(INFO, margin=0.2))).outcome == "undecided"
+
+
+def test_verdict__time_half_per_axis() -> None:
+    # The skipping runs reach 59 at epoch 3 (4.5 GFLOP) of 8, the full ones at epoch 12 (12 GFLOP): x0.25, x0.375.
+    records = exact({"skip34@flops": [3.5 + s / 10 for s in SPREAD]})
+    verdict = judge(Analysis(records, INFO))
+    assert verdict.time == {"epochs": "refuted", "images": "refuted", "flops": "refuted", "seconds": "refuted"}
+    assert re.search(r"images x0\.25 \[0\.25, 0\.25\], FLOPs x0\.3[78] .*, seconds x0\.25", verdict.text)
+    assert "(reached by 6/6 skipping, 6/6 full runs)" in verdict.text
+    assert any("every pair gave the same ratio" in change for change in verdict.changes)
+
+
+def test_verdict__says_when_the_time_half_rests_on_where_cycles_end() -> None:
+    # The reference is flat from its first cycle end on, at 1.5 GFLOP. Skipping reaches 59 at 4.5 GFLOP: x3.0, upheld.
+    # Had it been there just after its cycle end before, at 1.5 GFLOP, x1.0.
+    flat = [
+        dataclasses.replace(r, curve=tuple(dataclasses.replace(p, val_acc=0.6) for p in r.curve))
+        for r in exact({"skip34@images": SPREAD})
+        if r.arm == "full9"
+    ]
+    skip = [run("skip34@flops", seed, 63.5) for seed in range(6)]
+    verdict = judge(Analysis([*flat, *skip], INFO))
+    assert verdict.time["flops"] == "upheld"
+    assert any("ratios of FLOPs from x1.00 to any" in change for change in verdict.changes)
+
+
+def test_verdict__censored_runs_make_the_time_half_not_testable() -> None:
+    records = exact({"skip34@flops": [-1.5, -1.5, 0.0, 0.0, 0.0, 0.0]})  # two of six stay below 59
+    verdict = judge(Analysis(records, INFO))
+    assert verdict.time["flops"] == "not testable"
+    assert "FLOPs not testable" in verdict.text and "(reached by 4/6 skipping, 6/6 full runs)" in verdict.text
+
+
+def test_verdict__an_unsteady_machine_omits_seconds() -> None:
+    def probed(speeds: list[float]) -> list[RunRecord]:
+        runs = exact({"skip34@flops": SPREAD})
+        return [dataclasses.replace(r, probe_images_per_second=speeds[i % len(speeds)]) for i, r in enumerate(runs)]
+
+    steady, unsteady = judge(Analysis(probed([95.0, 105.0]), INFO)), judge(Analysis(probed([80.0, 120.0]), INFO))
+    assert "seconds" in steady.time and "seconds" not in unsteady.time
+    assert "seconds omitted" in unsteady.text
+    # SD of six 80s and six 120s, n - 1 = 11: 20 sqrt(12 / 11) = 20.9
+    assert any("varied by 21%" in limit for limit in unsteady.limits)
+    bare = [dataclasses.replace(r, probe_images_per_second=None) for r in exact({"skip34@flops": SPREAD})]
+    assert any("no throughput probe" in limit for limit in judge(Analysis(bare, INFO)).limits)
+
+
+@pytest.mark.parametrize(
+    ("arm", "changes", "message"),
+    [
+        ("skip34@flops", {"lr_at_grid_edge": True}, "edge of the grid for skip34@flops"),
+        ("full9", {"lr_at_grid_edge": True}, "edge of the grid for full9"),
+        ("skip34@flops", {"flops": 30e9}, r"skip34@flops spent x2.50 the flops of full9"),
+        ("skip34@images", {"images": 3000}, r"skip34@images spent x0.50 the images of full9"),
+    ],
+)
+def test_verdict__says_what_makes_the_comparison_unfair(arm: str, changes: dict[str, object], message: str) -> None:
+    records = exact({"skip34@flops": SPREAD, "skip34@images": SPREAD})
+    clean = judge(Analysis(records, INFO))
+    spoiled = [dataclasses.replace(r, **changes) if r.arm == arm else r for r in records]  # type: ignore[arg-type]
+    pattern = re.compile(message)
+    assert not any(pattern.search(change) for change in clean.changes)
+    assert any(pattern.search(change) for change in judge(Analysis(spoiled, INFO)).changes)
+
+
+def test_verdict__few_test_images_are_named_where_seeds_cannot_help() -> None:
+    # The same images differ in every seed: no spread over seeds, sqrt(.04 / 1000) = .63 pt over images
+    right = np.arange(N_TEST) < 600
+    other = right.copy()
+    other[:20], other[-20:] = False, True
+    records = [run("full9", s, 60, correct=pack_correct(right)) for s in range(6)]
+    records += [run("skip34@flops", s, 60, correct=pack_correct(other)) for s in range(6)]
+    verdict = judge(Analysis(records, INFO))
+    assert verdict.outcome == "upheld"
+    assert any("disagree on 4% of 1000 images, up to 0.63 pt" in change for change in verdict.changes)
+    assert any("no width" in change for change in verdict.changes)
+
+
+def test_verdict__limits_name_missing_arms_unpaired_seeds_and_mixed_code() -> None:
+    records = [*exact({"skip34@flops": SPREAD}), run("skip3", 77, 60, code_version="2", tuned_lr=None)]
+    limits = "\n".join(judge(Analysis(records, dataclasses.replace(INFO, arms=("lp_ft",)))).limits)
+    assert "Not run, and so not in the tables: lp_ft, skip34@images, skip34@epochs." in limits
+    assert "left out of comparisons: skip3 (7)" in limits
+    assert "2 versions of the code: 1, 2" in limits
+    assert "not tuned per arm for skip3" in limits
+
+
+def test_verdict__three_seeds_say_how_little_they_are() -> None:
+    verdict = judge(Analysis(study({}, seeds=3), INFO))
+    assert any("with 3 the smallest possible sign-flip p is 0.25" in change for change in verdict.changes)
+
+
+def test_verdict__a_null_study_refutes_nothing() -> None:
+    verdict = judge(Analysis(study({}, seeds=12), INFO))
+    assert verdict.outcome == "upheld" and exit_code(verdict) == 0
+    assert "REFUTED" not in verdict.text and "It does not depend on the budget axis" in verdict.text
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def test_tables__hold_the_numbers_of_the_analysis() -> None:
+    analysis = Analysis(exact({"skip34@flops": [0.5, -0.5, 1.0, 1.0], "skip34@images": [-3.0, -2.0, -2.0, -3.0]}), INFO)
+    row = comparison_table(analysis).data.set_index("arm").loc["skip34@flops"]
+    assert row.difference == pytest.approx(0.5) and row.sd == pytest.approx(math.sqrt(0.5))
+    assert row.p_better == pytest.approx(0.75) and row.role == "primary"
+    # sign flips of (.5, -.5, 1, 1): |sum| >= 2 in (1,1,1,1) 3, (1,-1,..) 2 and two of (.5 + -.5..): enumerate 8 of 16
+    sums = [abs(a * 0.5 + b * -0.5 + c + d) for a in (1, -1) for b in (1, -1) for c in (1, -1) for d in (1, -1)]
+    assert row.p_sign_flip == pytest.approx(np.mean(np.array(sums) >= 2 - 1e-9))
+    pairs = pairwise_table(analysis).data.set_index(["arm", "minus"])
+    assert pairs.loc[("skip34@images", "skip34@flops"), "difference"] == pytest.approx(-3.0)
+    costs = cost_table(analysis).data.set_index(["arm", "axis"])
+    assert costs.loc[("skip34@images", "flops"), "reached"] == 0
+    assert costs.loc[("skip34@images", "flops"), "outcome"] == "not testable"
+    assert costs.loc[("skip34@flops", "flops"), "median"] == pytest.approx(12e9)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_report__is_complete_and_self_contained(tmp_path: Path) -> None:
+    records = [
+        dataclasses.replace(r, acc_ood=0.5, acc_tta=0.61) for r in study({"skip34@images": 2.0, "lp_only": -6.0})
+    ]
+    verdict = write_report(records, INFO, tmp_path)
+    page = Page()
+    html = (tmp_path / "report.html").read_text()
+    page.feed(html)
+    assert page.tags.count("img") == len(PLOTS) == 8
+    assert page.tags.count("table") == 4
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert "http" not in re.sub(r"base64,[^\"]*", "", html)
+    for name in (spec.name for spec in PLOTS):
+        picture = imread(io.BytesIO((tmp_path / "plots" / f"{name}.png").read_bytes()))
+        assert picture.std() > 0.01  # something is drawn
+        assert len(pd.read_csv(tmp_path / "plots" / f"{name}.csv")) > 0
+    for name in ("arms", "comparisons", "costs", "pairwise"):
+        assert len(pd.read_csv(tmp_path / "tables" / f"{name}.csv")) > 0
+    markdown = (tmp_path / "report.md").read_text()
+    assert verdict.text in markdown
+    assert (tmp_path / "verdict.txt").read_text() == verdict.text + "\n"
+    assert all(limit in markdown for limit in verdict.limits)
+    assert all((tmp_path / link).exists() for link in re.findall(r"\]\(([^)]+)\)", markdown))
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_report__tables_of_the_markdown_are_rectangular(tmp_path: Path) -> None:
+    write_report(study({}, seeds=2, arms=("full9", "skip34@flops")), INFO, tmp_path)
+    blocks = re.findall(r"(?:^\|.*\|\n)+", (tmp_path / "report.md").read_text(), flags=re.MULTILINE)
+    assert len(blocks) == 4
+    for block in blocks:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_report__escapes_what_the_user_named(tmp_path: Path) -> None:
+    records = [
+        dataclasses.replace(r, curve=(), lr_trace={}, tuning_curve=(), distortion={}) for r in study({}, seeds=2)
+    ]
+    write_report(records, dataclasses.replace(INFO, dataset="<script>alert(1)</script>"), tmp_path)
+    assert "<script>" not in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        study({}, seeds=1),
+        study({}, seeds=3, arms=("full9",)),
+        study({}, seeds=3, arms=("skip34@flops", "lp_only")),
+        study({}, seeds=3, arms=("full9", "skip34@images")),
+        [dataclasses.replace(r, curve=(), lr_trace={}, tuning_curve=(), distortion={}) for r in study({}, seeds=3)],
+        [dataclasses.replace(r, n_test=8, acc=0.5, correct=pack_correct([1, 0] * 4)) for r in study({}, seeds=3)][:8]
+        + study({}, seeds=3)[8:],
+        [*study({}, seeds=4), *(run(f"mine{i}", 0, 50 + i) for i in range(12))],
+    ],
+    ids=["one seed", "reference alone", "no reference", "no primary", "bare", "other test sets", "many arms"],
+)
+@pytest.mark.usefixtures("unrendered")
+def test_report__degrades_with_a_note(records: list[RunRecord], tmp_path: Path) -> None:
+    verdict = write_report(records, INFO, tmp_path)
+    assert exit_code(verdict) in (0, 3, 4)
+    assert not re.search(r"\bnan\b", (tmp_path / "report.md").read_text())
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_report__says_which_pictures_are_absent(tmp_path: Path) -> None:
+    records = [
+        dataclasses.replace(r, lr_trace={}, tuning_curve=()) for r in study({}, seeds=2, arms=("full9", "lp_only"))
+    ]
+    write_report(records, INFO, tmp_path)
+    assert (
+        "do not hold what they show: paired_slopes, lr_traces, lr_sensitivity." in (tmp_path / "report.md").read_text()
+    )
