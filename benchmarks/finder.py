@@ -1,8 +1,9 @@
 """Which rule reads a range test best? Each rule's rate against a grid of fixed rates, on real photos and real weights.
 
 Per seed: train a new head on frozen features, run the range test of the full stage with `lr_mult=1/3`, then train the
-full network for a short fixed budget (one cosine cycle) at every rate of the grid and at every suggestion, always from
-the same weights. The measure is validation accuracy and loss after the budget.
+full network for a short fixed budget (one cosine cycle) at every rate of the grid, always from the same weights. The
+measure is validation accuracy and loss after the budget; for a suggestion it is interpolated (linearly, over the
+logarithm of the rate) between the two grid rates around it.
 
     python benchmarks/finder.py DATA/monkeys10 --weights DATA/weights/mobilenetv2_035.keras_in1k.safetensors
 """
@@ -27,7 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage, RangeTest
+from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage
 from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.stages import Stage
@@ -38,12 +39,15 @@ LR_MULT = 1 / 3
 class Photos(pl.LightningModule):
     """MobileNetV2 on images that are already in memory as bytes; flips are the only augmentation."""
 
-    def __init__(self, model: nn.Module, optimizer: str) -> None:
+    def __init__(self, model: nn.Module, optimizer: str, batch_norm: str) -> None:
         super().__init__()
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizer, self.batch_norm = model, optimizer, batch_norm
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
+        if self.batch_norm == "eval":
+            for module in self.model.modules():
+                module.training &= not isinstance(module, nn.BatchNorm2d)
         flip = torch.rand(len(images)) < 0.5
         images = torch.where(flip[:, None, None, None], images.flip(-1), images)
         return nn.functional.cross_entropy(self.model(scaled(images)), labels)
@@ -101,7 +105,9 @@ def with_trained_head(weights: Path, train: TensorDataset, num_classes: int, see
     return model.train()
 
 
-def fit(model: nn.Module, stage: Stage, callbacks: list[pl.Callback], loaders: Any, optimizer: str, seed: int) -> Any:
+def fit(
+    model: nn.Module, stage: Stage, callbacks: list[pl.Callback], loaders: Any, options: argparse.Namespace, seed: int
+) -> Any:
     torch.manual_seed(seed)
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -114,13 +120,8 @@ def fit(model: nn.Module, stage: Stage, callbacks: list[pl.Callback], loaders: A
         num_sanity_val_steps=0,
         check_val_every_n_epoch=stage.num_epochs,
     )
-    trainer.fit(Photos(copy.deepcopy(model), optimizer), *loaders)
+    trainer.fit(Photos(copy.deepcopy(model), options.optimizer, options.batch_norm), *loaders)
     return trainer.callback_metrics
-
-
-class _StopBeforeTraining(pl.Callback):
-    def on_train_batch_start(self, *_: Any) -> int:
-        return -1
 
 
 def main() -> None:
@@ -132,7 +133,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--images", type=int, default=480, help="training images per seed, drawn anew for each")
     parser.add_argument("--optimizer", choices=["adamw", "sgd"], default="adamw")
-    parser.add_argument("--grid", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2])
+    parser.add_argument("--batch-norm", choices=["train", "eval"], default="train", help="mode in the full stage")
+    parser.add_argument("--grid", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2, 3e-2])
     parser.add_argument("--out", type=Path, default=None, help="folder for the curves and the numbers")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -141,34 +143,50 @@ def main() -> None:
 
     photos, val = tensors(options.data / "train", options.px), tensors(options.data / "val", options.px)
     num_classes = int(photos.tensors[1].max()) + 1
-    rows = []
+    rows: list[dict[str, Any]] = []
     for seed in range(options.seeds):
         drawn = torch.randperm(len(photos), generator=torch.Generator().manual_seed(seed))[: options.images]
         train = TensorDataset(*photos[drawn])
         loaders = DataLoader(train, 16, shuffle=True, drop_last=True), DataLoader(val, 128)
         model = with_trained_head(options.weights, train, num_classes, seed)
-        finder = LRFinderPerStage(apply=False)
+        finder, measured = LRFinderPerStage(apply=False), {}
+        for rate in options.grid:
+            metrics = fit(
+                model, Stage("full", lr=rate, lr_mult=LR_MULT, cycle_len=options.epochs), [], loaders, options, seed
+            )
+            measured[rate] = {name: float(metrics[f"val_{name}"]) for name in ("acc", "loss")}
+            print(f"seed {seed}: lr {rate:.2e} {measured[rate]}", flush=True)
+            rows.append({"seed": seed, "label": f"{rate:g}", "lr": rate, **measured[rate]})
         start = time.perf_counter()
-        found = Stage("full", lr="find", lr_mult=LR_MULT, epochs=1)
-        fit(model, found, [finder, _StopBeforeTraining()], loaders, options.optimizer, seed)
-        result: RangeTest = finder.results["full"]
-        seconds = time.perf_counter() - start
+        fit(model, Stage("full", lr="find", lr_mult=LR_MULT, epochs=1), [finder, _Once()], loaders, options, seed)
+        result = finder.results["full"]
+        print(
+            f"seed {seed}: {len(result.lrs)} steps, {time.perf_counter() - start:.1f} s, {result.suggestions()}",
+            flush=True,
+        )
+        for rule, suggested in result.suggestions().items():
+            if suggested is not None:
+                at = {name: interpolated(suggested, measured, name) for name in ("acc", "loss")}
+                rows.append({"seed": seed, "label": rule, "lr": suggested, **at})
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)
-            name = f"{options.data.name}-{options.optimizer}-{seed}"
-            result.plot().savefig(options.out / f"{name}.png", dpi=110)
-            (options.out / f"{name}.json").write_text(json.dumps({"lrs": result.lrs, "losses": result.losses}))
-        suggested = {rule: rate for rule, rate in result.suggestions().items() if rate is not None}
-        print(f"seed {seed}: range test of {len(result.lrs)} steps, {seconds:.1f} s, {suggested}", flush=True)
-        for label, rate in [*((f"{rate:g}", rate) for rate in options.grid), *suggested.items()]:
-            stage = Stage("full", lr=rate, lr_mult=LR_MULT, cycle_len=options.epochs)
-            metrics = fit(model, stage, [], loaders, options.optimizer, seed)
-            row = {"seed": seed, "label": label, "lr": rate}
-            rows.append(row | {name: float(metrics[f"val_{name}"]) for name in ("acc", "loss")})
-            print(f"  {label:>16} lr {rate:.2e} acc {rows[-1]['acc']:.3f} loss {rows[-1]['loss']:.3f}", flush=True)
-    if options.out:
-        (options.out / f"{options.data.name}-{options.optimizer}.json").write_text(json.dumps(rows, indent=1))
+            name = f"{options.data.name}-{options.optimizer}-{options.batch_norm}"
+            result.plot().savefig(options.out / f"{name}-{seed}.png", dpi=110)
+            (options.out / f"{name}-{seed}.json").write_text(json.dumps({"lrs": result.lrs, "losses": result.losses}))
+            (options.out / f"{name}.json").write_text(json.dumps(rows, indent=1))
     print(table(rows, options.grid))
+
+
+class _Once(pl.Callback):
+    """Ends the fit before its first step: the range test is over by then."""
+
+    def on_train_batch_start(self, *_: Any) -> int:
+        return -1
+
+
+def interpolated(rate: float, measured: dict[float, dict[str, float]], name: str) -> float:
+    rates = sorted(measured)
+    return float(np.interp(np.log(rate), np.log(rates), [measured[grid][name] for grid in rates]))
 
 
 def table(rows: list[dict[str, Any]], grid: list[float]) -> str:
@@ -179,7 +197,7 @@ def table(rows: list[dict[str, Any]], grid: list[float]) -> str:
     lines = [
         f"best rate of the grid by mean accuracy: {best}",
         "",
-        "| rate | lr, median [min, max] | accuracy | val loss | accuracy minus the best's (se, paired by seed) |",
+        "| rate | lr, median [min, max] | accuracy, median [min, max] | val loss, mean | accuracy minus the best's (se, paired by seed) |",
         "|---|---|---|---|---|",
     ]
     for label in labels:
@@ -187,11 +205,14 @@ def table(rows: list[dict[str, Any]], grid: list[float]) -> str:
         lrs, accs, losses = ([row[key] for row in seeds.values()] for key in ("lr", "acc", "loss"))
         gaps = [row["acc"] - of[best][seed]["acc"] for seed, row in seeds.items()]
         error = np.std(gaps, ddof=1) / len(gaps) ** 0.5 if len(gaps) > 1 else float("nan")
-        lines.append(
-            f"| {label} | {np.median(lrs):.2g} [{min(lrs):.2g}, {max(lrs):.2g}] | {np.mean(accs):.3f} "
-            f"[{min(accs):.3f}, {max(accs):.3f}] | {np.mean(losses):.3f} | {np.mean(gaps):+.3f} ({error:.3f}), n={len(gaps)} |"
-        )
+        shown = [f"{middle} [{low}, {high}]" for middle, low, high in (spread(lrs, ".2g"), spread(accs, ".3f"))]
+        gap = f"{np.mean(gaps):+.3f} ({error:.3f}), n={len(gaps)}"
+        lines.append(f"| {label} | {shown[0]} | {shown[1]} | {np.mean(losses):.3f} | {gap} |")
     return "\n".join(lines)
+
+
+def spread(values: list[float], digits: str) -> tuple[str, str, str]:
+    return format(np.median(values), digits), format(min(values), digits), format(max(values), digits)
 
 
 if __name__ == "__main__":

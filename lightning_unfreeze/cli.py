@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from rich.console import Console
 
 import lightning_unfreeze  # noqa: F401  (makes the short class names known to the parser)
 from lightning_unfreeze.reporting import table_of, write_csv
@@ -99,16 +100,15 @@ def _plan(arguments: list[str]) -> None:
 
 def _write_predictions(cli: UnfreezeCLI) -> None:
     """Writes `predictions.csv`: file, class, probability, for each image of the folder."""
-    data = cli.datamodule
-    batches = cli.trainer.predict_loop.predictions
-    files = getattr(data, "predict_files", None)
+    batches, dataset = cli.trainer.predict_loop.predictions, getattr(cli.datamodule.predict_dataloader(), "dataset", None)
+    files = getattr(dataset, "targets", None)
     if not files or not batches or not cli.trainer.is_global_zero:
         return
-    probs = torch.cat([batch for batch in batches])
+    probs = torch.cat([batch["probs"] if isinstance(batch, dict) else batch for batch in batches])
     names = getattr(cli.model, "class_names", None) or [str(index) for index in range(probs.shape[1])]
     best, classes = probs.max(dim=1)
     rows = [
-        {"file": str(file), "class": names[label], "probability": round(float(prob), 6)}
+        {"file": str(file), "class": names[label], "probability": round(prob, 6)}
         for file, label, prob in zip(files, classes.tolist(), best.tolist(), strict=True)
     ]
     path = Path(cli.trainer.log_dir or cli.trainer.default_root_dir) / "predictions.csv"

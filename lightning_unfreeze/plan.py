@@ -43,7 +43,7 @@ def plan_rows(
     probe = _PlanProbe(conductors[0].stages, conductors[0].network)
     # a trainer of its own: the user's callbacks and loggers would act on, and write about, a run that is none
     probing = pl.Trainer(
-        accelerator=trainer.strategy.root_device.type if trainer.strategy.root_device.type != "mps" else "mps",
+        accelerator=trainer.strategy.root_device.type,
         devices=1,
         precision=trainer.precision,
         max_epochs=-1,
@@ -54,7 +54,7 @@ def plan_rows(
         enable_model_summary=False,
         num_sanity_val_steps=0,
         limit_val_batches=0,
-        limit_train_batches=trainer.limit_train_batches,
+        limit_train_batches=None if trainer.limit_train_batches == 1.0 else trainer.limit_train_batches,
     )
     probing.fit(pl_module, datamodule=datamodule)
     return probe.rows

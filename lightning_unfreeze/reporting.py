@@ -22,9 +22,11 @@ def report_dir(trainer: pl.Trainer) -> Path | None:
     checkpoints = getattr(trainer.checkpoint_callback, "dirpath", None)
     if checkpoints is not None:
         return Path(checkpoints)
-    if trainer.loggers and trainer.log_dir is not None:
-        return Path(trainer.log_dir)
-    return None
+    if trainer.logger is None:
+        return None
+    # not `trainer.log_dir`, which is a collective call: files are written on rank 0 alone
+    folder = getattr(trainer.logger, "log_dir", None) or trainer.logger.save_dir
+    return None if folder is None else Path(folder)
 
 
 def save_figure(trainer: pl.Trainer, figure: Figure, name: str) -> Path | None:

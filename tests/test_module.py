@@ -101,14 +101,17 @@ def test_digits_resnet__pretrained_loads_the_packages_file_and_draws_the_head() 
 
 @pytest.mark.parametrize("with_head", [False, True])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_pretrained__file_is_loaded_all_but_the_head(with_head: bool, suffix: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_classes", [7, 1000])  # 1000 as timm expects of this network's own weights
+def test_pretrained__file_is_loaded_all_but_the_head(
+    num_classes: int, with_head: bool, suffix: str, tmp_path: Path
+) -> None:
     torch.manual_seed(1)
-    source = timm.create_model("test_resnet", num_classes=7).state_dict()
+    source = timm.create_model("test_resnet", num_classes=num_classes).state_dict()
     stored = {key: value for key, value in source.items() if with_head or not key.startswith("fc.")}
     path = tmp_path / f"weights{suffix}"
     save_file(stored, path) if suffix == ".safetensors" else torch.save(stored, path)
     torch.manual_seed(2)
-    loaded = TransferClassifier("test_resnet", 7, pretrained=str(path)).model.state_dict()
+    loaded = TransferClassifier("test_resnet", num_classes, pretrained=str(path)).model.state_dict()
     for key, value in source.items():
         assert torch.equal(loaded[key], value) is not key.startswith("fc."), key
 
@@ -219,7 +222,7 @@ def test_checkpoint__rebuilds_without_the_weights_file_and_knows_the_class_names
     runner.save_checkpoint(tmp_path / "model.ckpt")
     assert module.hparams["pretrained"] == str(path)
     path.unlink()
-    torch.load(tmp_path / "model.ckpt", weights_only=True)
+    assert torch.load(tmp_path / "model.ckpt", weights_only=True)["hyper_parameters"]["pretrained"] is False
     loaded = TransferClassifier.load_from_checkpoint(tmp_path / "model.ckpt")
     assert loaded.class_names == ["ant", "bee", "cat"]
     assert loaded.data_config["mean"] == [0.25]

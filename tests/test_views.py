@@ -194,9 +194,9 @@ def test_views__of_a_constant_image_are_constant() -> None:
 
 def test_views__refuse_what_the_images_do_not_have() -> None:
     images = torch.rand(1, 3, 8, 6)
-    with pytest.raises(ValueError, match="square.*8x6"):
+    with pytest.raises(ValueError, match=r"square.*8x6"):
         draw_view(images, "rot90")
-    with pytest.raises(ValueError, match="7 px is larger.*8x6"):
+    with pytest.raises(ValueError, match=r"7 px is larger.*8x6"):
         draw_view(images, "centre", crop_px=7)
     assert draw_view(images, "rot180").shape == images.shape
     for unknown in ("hflop", "hflip+rot45", "scale:x", "scale:0", "scale:-1"):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any, ClassVar, Literal, get_args
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -22,59 +24,66 @@ from lightning_unfreeze.sandbox import batch_on_device, sandbox, training_loss
 from lightning_unfreeze.schedules import SuggestionMethod, debiased_ema, diverged, exponential_ramp, suggest_lr
 from lightning_unfreeze.stages import Stage
 
-_METHODS: tuple[str, ...] = get_args(SuggestionMethod)
+_METHODS: tuple[SuggestionMethod, ...] = get_args(SuggestionMethod)
 _SMOOTHING = 0.98
+_CUT_LAST = 5  # points at the end, where the loss already diverges, that no rule reads (fastai's number)
 
 
 @dataclass(frozen=True)
 class RangeTest:
-    """The curve of a range test, and what was read off it.
+    """The curve of a range test, and what the rules read off it.
 
     Attributes:
-        lrs: Rate of the group with the highest peak, per step.
+        lrs: Rate of the param group with the highest peak, per step.
         losses: Mean loss over ranks and micro-batches, per step, as measured.
-        method: Rule that suggested the rate.
-        suggestion: The rate, or None where the curve has no signal.
+        method: The rule that sets the rate.
     """
 
     lrs: list[float]
     losses: list[float]
-    method: str
-    suggestion: float | None
-    smoothed: list[float] = field(init=False, repr=False, compare=False, default_factory=list)
+    method: SuggestionMethod
 
-    def __post_init__(self) -> None:
-        self.smoothed.extend(debiased_ema(self.losses, _SMOOTHING).tolist() if self.losses else [])
+    @property
+    def smoothed(self) -> list[float]:
+        """Debiased moving average of the losses: what the rules read."""
+        return list(map(float, debiased_ema(self.losses, _SMOOTHING)))
+
+    @property
+    def suggestion(self) -> float | None:
+        """The rate by `method`; None where the curve has no signal."""
+        return self.suggestions()[self.method]
 
     def suggestions(self) -> dict[str, float | None]:
-        """The rate by each rule; rules read the smoothed curve without its first tenth and its last five points."""
-        first, last = len(self.lrs) // 10, len(self.lrs) - 5
-        curve = self.lrs[first:last], self.smoothed[first:last]
-        return {method: suggest_lr(*curve, method=method) for method in _METHODS}  # type: ignore[arg-type]
+        """The rate by each rule; they read the smoothed curve without its first tenth and its last five points."""
+        read = slice(len(self.lrs) // 10, max(0, len(self.lrs) - _CUT_LAST))
+        return {method: suggest_lr(self.lrs[read], self.smoothed[read], method) for method in _METHODS}
+
+    def rows(self) -> list[dict[str, float]]:
+        """The curve as a table."""
+        columns = zip(self.lrs, self.losses, self.smoothed, strict=True)
+        return [{"lr": lr, "loss": loss, "smoothed_loss": smoothed} for lr, loss, smoothed in columns]
 
     def plot(self) -> Figure:
         """Loss over rate (log x): measured, smoothed, and the suggestion of each rule."""
         figure = Figure(figsize=(7, 4.2), layout="constrained")
         axis = figure.subplots()
-        axis.plot(self.lrs, self.losses, color="0.8", linewidth=1, label="loss")
+        axis.plot(self.lrs, self.losses, ".", color="0.75", markersize=4, label="loss per step")
         axis.plot(self.lrs, self.smoothed, color="black", linewidth=1.8, label="smoothed")
         axis.set_xscale("log")
-        finite = [value for value in self.smoothed if value == value and abs(value) != float("inf")]
-        if finite:
-            low, first = min(finite), finite[0]
-            reach = max(first - low, 0.05 * abs(first), 1e-9)
-            axis.set_ylim(low - 0.15 * reach, first + 0.6 * reach)
+        low, high = _visible_range(self.smoothed)
+        axis.set_ylim(low, high)
         for index, (method, rate) in enumerate(self.suggestions().items()):
-            if rate is not None:
-                chosen = method == self.method
-                label = f"{method}: {rate:.2g}{' (used)' if chosen else ''}"
-                style = "-" if chosen else ":"
-                axis.axvline(rate, color=f"C{index}", linestyle=style, linewidth=2 if chosen else 1.2, label=label)
-        axis.set_xlabel("learning rate of the last layer group")
+            used = method == self.method
+            label = f"{method}: {'no signal' if rate is None else f'{rate:.2g}'}{' (chosen)' if used else ''}"
+            style: dict[str, Any] = {"color": f"C{index}", "label": label, "linewidth": 2.5 if used else 1.2}
+            if rate is None:
+                axis.plot([], [], ":", **style)
+            else:
+                axis.axvline(rate, linestyle="-" if used else ":", **style)
+        axis.set_xlabel("learning rate (of the layer group with the highest)")
         axis.set_ylabel("training loss")
-        if self.suggestion is None:
-            axis.set_title("no signal: no rule suggests a rate", fontsize=10)
-        axis.legend(fontsize=8)
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
         return figure
 
 
@@ -99,6 +108,9 @@ class LRFinderPerStage(StageCallback):
         apply: Set the rate; False only shows the curve.
         on_no_signal: What to do with a flat or rising curve: keep the rate the stage would have had, or an error.
 
+    Attributes:
+        results: The range test of each stage, by its name (`"fit"` without stages); `results[name].plot()`.
+
     Raises:
         ValueError: For a range, a number of steps or a choice that is impossible.
     """
@@ -116,7 +128,7 @@ class LRFinderPerStage(StageCallback):
         on_no_signal: Literal["keep", "error"] = "keep",
     ) -> None:
         if not 0 < min_lr < max_lr < float("inf"):
-            raise ValueError(f"min_lr={min_lr}, max_lr={max_lr}: has to be 0 < min_lr < max_lr")
+            raise ValueError(f"min_lr={min_lr}, max_lr={max_lr}: has to be 0 < min_lr < max_lr, both finite")
         if num_steps < 20:
             raise ValueError(f"num_steps={num_steps} is too few to read a curve from; give 20 or more (default 100)")
         if method not in _METHODS:
@@ -124,126 +136,135 @@ class LRFinderPerStage(StageCallback):
         if on_no_signal not in ("keep", "error"):
             raise ValueError(f"on_no_signal={on_no_signal!r} is not 'keep' or 'error'")
         self.min_lr, self.max_lr, self.num_steps = min_lr, max_lr, num_steps
-        self.method = method
+        self.method: SuggestionMethod = method
         self.apply = apply
         self.on_no_signal = on_no_signal
         self.results: dict[str, RangeTest] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Forgets the results of an earlier fit; those of a checkpoint are loaded after this."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self.results = {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses what a range test cannot drive."""
         if not pl_module.automatic_optimization or len(trainer.optimizers) != 1:
             raise MisconfigurationException(
-                f"a range test needs automatic optimization with one optimizer, the module has {len(trainer.optimizers)} "
-                f"and automatic_optimization={pl_module.automatic_optimization}"
+                f"a range test needs automatic optimization with one optimizer, this has {len(trainer.optimizers)} and "
+                f"automatic_optimization={pl_module.automatic_optimization}; take LRFinderPerStage out"
             )
         if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
-            raise MisconfigurationException("a range test cannot drive LBFGS, which has its own line search")
+            raise MisconfigurationException(
+                "a range test cannot drive LBFGS, which has its own line search; use another optimizer, e.g. AdamW"
+            )
 
     def on_stage_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
-        """Runs the range test, unless the stage has a rate, or a checkpoint brought the result."""
-        if self.run is None or (self.run.planned and stage.lr != "find") or self.run.resumed:
+        """Runs the range test, unless the stage has a rate, or was resumed and so has one already."""
+        if self.run is None or self.run.resumed or (self.run.planned and stage.lr != "find"):
             return
-        result = self.results.get(stage.name)
-        if result is None:
-            result = self._test(trainer, pl_module, stage)
-            self.results[stage.name] = result
-            self._save(trainer, stage.name, result)
+        if stage.name not in self.results:
+            self.results[stage.name] = self.range_test(trainer, pl_module, stage.name)
+            if trainer.is_global_zero:
+                self._show(trainer, stage.name)
+        result = self.results[stage.name]
         if result.suggestion is None:
-            message = f"stage {stage.name!r}: the range test has no signal (flat or rising loss from {self.min_lr:g} to "
-            message += f"{result.lrs[-1]:g}); look at its curve, or give the stage an lr"
+            message = (
+                f"stage {stage.name!r}: no signal in the range test (flat, rising or too noisy a loss from "
+                f"{result.lrs[0]:.2g} to {result.lrs[-1]:.2g}); look at its curve, or give the stage an lr"
+            )
             if self.on_no_signal == "error":
                 raise MisconfigurationException(message)
             rank_zero_warn(f"{message}; the rates stay as they are")
         elif self.apply:
-            self._set_peak(trainer, result.suggestion)
+            optimizer = trainer.optimizers[0]
+            for group, ratio in zip(optimizer.param_groups, _peak_ratios(optimizer), strict=True):
+                group["peak_lr"] = result.suggestion * ratio
+                _set_lr(group, group["peak_lr"])
             rank_zero_info(f"stage {stage.name!r}: learning rate {result.suggestion:.3g} by range test ({self.method})")
 
-    def _test(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> RangeTest:
+    def range_test(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> RangeTest:
+        """The curve from the present weights, on the present training data; leaves no trace. A collective call.
+
+        Args:
+            trainer: In `fit`, before or between two optimizer steps.
+            pl_module: Its module.
+            name: What the progress bar calls it.
+
+        Raises:
+            MisconfigurationException: Where the training data gives no batch, or `training_step` no loss.
+        """
         optimizer = trainer.optimizers[0]
         ratios = _peak_ratios(optimizer)
-        rates = exponential_ramp(self.min_lr, self.max_lr, self.num_steps).tolist()
+        around = players(trainer)
+        lrs: list[float] = []
         losses: list[float] = []
         with (
+            progress_bar(trainer, f"range test of stage {name!r}", self.num_steps) as advance,
             _fresh_batches(trainer) as batches,
-            progress_bar(trainer, f"range test of stage {stage.name!r}", self.num_steps) as advance,
+            sandbox(trainer, pl_module),
         ):
-            around = players(trainer)
-            with sandbox(trainer, pl_module):
-                for rate in rates:
-                    for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
-                        _set_lr(group, rate * ratio)
-                    loss = self._step(trainer, pl_module, optimizer, batches, around)
-                    losses.append(float(trainer.strategy.reduce(loss, reduce_op="mean")))
-                    advance(1)
-                    # the point that diverged stays in the curve: the rules leave out the last ones
-                    if diverged([losses[-1]]) or diverged(debiased_ema(losses, _SMOOTHING)):
-                        break
-        result = RangeTest(rates[: len(losses)], losses, self.method, None)
-        return RangeTest(result.lrs, losses, self.method, result.suggestions()[self.method])
-
-    def _step(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        optimizer: torch.optim.Optimizer,
-        batches: Iterator[Any],
-        around: list[StageCallback],
-    ) -> Tensor:
-        """One optimizer step as the Trainer makes it; returns the mean loss over its micro-batches."""
-        strategy, num_micro = trainer.strategy, trainer.accumulate_grad_batches
-        losses: list[Tensor] = []
-
-        def forward_backward() -> Tensor | None:
-            index, batch = next(batches)
-            with ExitStack() as stack:
-                for player in around:
-                    stack.enter_context(player.around_step(trainer, pl_module, batch))
-                batch = batch_on_device(trainer, pl_module, batch)
-                loss = training_loss(trainer, pl_module, batch, index)
+            for rate in exponential_ramp(self.min_lr, self.max_lr, self.num_steps).tolist():
+                for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
+                    _set_lr(group, rate * ratio)
+                loss = _optimizer_step(trainer, pl_module, batches, around)
+                advance(1)
                 if loss is None:
-                    return None
-                losses.append(loss.detach().float())
-                strategy.backward(loss / num_micro, optimizer)
-                return loss
+                    continue
+                lrs.append(rate)
+                # one value, so one decision, on all ranks
+                losses.append(float(trainer.strategy.reduce(loss, reduce_op="mean")))
+                # the first tenth averages few losses; a lucky low one there is not what later ones are measured by
+                if not np.isfinite(losses[-1]) or diverged(debiased_ema(losses, _SMOOTHING)[self.num_steps // 10 :]):
+                    break
+        if not losses:
+            raise MisconfigurationException(f"stage {name!r}: `training_step` returned no loss, so there is no curve")
+        return RangeTest(lrs, losses, self.method)
 
-        optimizer.zero_grad()
-        for _ in range(num_micro - 1):
-            with strategy.block_backward_sync() if hasattr(strategy, "block_backward_sync") else ExitStack():
-                forward_backward()
-        strategy.optimizer_step(optimizer, forward_backward, pl_module)
-        return torch.stack(losses).mean() if losses else torch.zeros((), device=strategy.root_device)
-
-    def _set_peak(self, trainer: pl.Trainer, rate: float) -> None:
-        optimizer = trainer.optimizers[0]
-        for group, ratio in zip(optimizer.param_groups, _peak_ratios(optimizer), strict=True):
-            group["peak_lr"] = rate * ratio
-            _set_lr(group, rate * ratio)
-
-    def _save(self, trainer: pl.Trainer, name: str, result: RangeTest) -> None:
-        if not trainer.is_global_zero:
-            return
+    def _show(self, trainer: pl.Trainer, name: str) -> None:
+        result = self.results[name]
         if result.suggestion is not None:
             for logger in trainer.loggers:
                 logger.log_metrics({f"lr_find/{name}": result.suggestion}, step=trainer.global_step)
         save_figure(trainer, result.plot(), f"lr_find_{name}")
         folder = report_dir(trainer)
         if folder is not None:
-            columns = zip(result.lrs, result.losses, result.smoothed, strict=True)
-            rows = [{"lr": lr, "loss": loss, "smoothed_loss": smoothed} for lr, loss, smoothed in columns]
-            write_csv(folder / f"lr_find_{name}.csv", rows)
+            write_csv(folder / f"lr_find_{name}.csv", result.rows())
 
     def state_dict(self) -> dict[str, Any]:
         """The curves so far."""
-        return {
-            "results": {
-                name: {key: value for key, value in asdict(result).items() if key != "smoothed"}
-                for name, result in self.results.items()
-            }
-        }
+        return {"results": {name: asdict(result) for name, result in self.results.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over the curves, so that a resumed run does not search again."""
         self.results = {name: RangeTest(**result) for name, result in state_dict["results"].items()}
+
+
+def _optimizer_step(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, batches: Iterator[Any], around: list[StageCallback]
+) -> Tensor | None:
+    """One optimizer step as the Trainer makes it; the mean loss of its micro-batches, None where all were skipped."""
+    strategy, optimizer, num_micro = trainer.strategy, trainer.optimizers[0], trainer.accumulate_grad_batches
+    losses: list[Tensor] = []
+
+    def forward_backward() -> Tensor | None:
+        batch, batch_idx, _ = next(batches)
+        with ExitStack() as stack:
+            for player in around:
+                stack.enter_context(player.around_step(trainer, pl_module, batch))
+            loss = training_loss(trainer, pl_module, batch_on_device(trainer, pl_module, batch), batch_idx)
+            if loss is not None:
+                losses.append(loss.detach().float())
+                strategy.backward(loss / num_micro, optimizer)
+        return loss
+
+    optimizer.zero_grad()
+    for _ in range(num_micro - 1):
+        # as Lightning's own loop: ranks are reduced at the last micro-batch only
+        with strategy.block_backward_sync() if hasattr(strategy, "block_backward_sync") else ExitStack():
+            forward_backward()
+    strategy.optimizer_step(optimizer, forward_backward, pl_module)
+    return torch.stack(losses).mean() if losses else None
 
 
 def _peak_ratios(optimizer: torch.optim.Optimizer) -> list[float]:
@@ -260,34 +281,60 @@ def _set_lr(group: dict[str, Any], rate: float) -> None:
         group["lr"] = rate
 
 
-class _fresh_batches(ExitStack):  # noqa: N801  (used as a context manager, like a function)
-    """Numbered batches of the stage's training data without end, from an iterator of its own.
+@contextmanager
+def _fresh_batches(trainer: pl.Trainer) -> Iterator[Iterator[tuple[Any, int, int]]]:
+    """Batches of the stage's training data without end, as (batch, place in its pass, 0), from iterators of their own.
 
-    The Trainer's loader, its iterator, its workers and the generators of its samplers stay as they are.
+    The Trainer's loaders, their iterators, their workers and the generators of their samplers stay as they are.
     """
+    loaders = [value for value in _flattened(trainer) if isinstance(value, DataLoader)]
+    drawn_from = [part for loader in loaders for part in (loader, *_samplers(loader))]
+    generators = {id(g): g for g in (getattr(part, "generator", None) for part in drawn_from) if g is not None}
+    before = [(generator, generator.get_state()) for generator in generators.values()]
+    # the mode has no public name; guarded by `test_finder__several_loaders_are_combined_as_in_training` (2.5 to 2.6)
+    fresh = CombinedLoader(trainer.train_dataloader, trainer.fit_loop._combined_loader._mode)  # type: ignore[union-attr]
+    fresh.flattened = [_fresh(loader) for loader in fresh.flattened]
+    limit = None if trainer.num_training_batches == float("inf") else int(trainer.num_training_batches)
+    batches = _endless(fresh, limit)
+    try:
+        yield batches
+    finally:
+        batches.close()  # type: ignore[attr-defined]
+        fresh.reset()  # ends worker processes
+        for generator, state in before:
+            generator.set_state(state)
 
-    def __init__(self, trainer: pl.Trainer) -> None:
-        super().__init__()
-        loader = trainer.train_dataloader
-        if not isinstance(loader, DataLoader):
-            self._loader: Any = loader
-            return
-        self._loader = copy.copy(loader)
-        # DataLoader refuses to change these by assignment; a copy must not reset the live iterator or its workers
-        vars(self._loader).update(_iterator=None, persistent_workers=False)
-        samplers = [loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)]
-        for generator in {id(g): g for g in (getattr(s, "generator", None) for s in samplers) if g is not None}.values():
-            self.callback(generator.set_state, generator.get_state())
 
-    def __enter__(self) -> Iterator[tuple[int, Any]]:  # type: ignore[override]
-        super().__enter__()
-        return self._numbered()
+def _flattened(trainer: pl.Trainer) -> list[Any]:
+    return CombinedLoader(trainer.train_dataloader).flattened
 
-    def _numbered(self) -> Iterator[tuple[int, Any]]:
-        while True:
-            empty = True
-            for index, batch in enumerate(self._loader):
-                empty = False
-                yield index, batch
-            if empty:
-                raise MisconfigurationException("the training data gives no batch, so there is nothing to test on")
+
+def _samplers(loader: DataLoader[Any]) -> list[Any]:
+    return [loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)]
+
+
+def _fresh(loader: Any) -> Any:
+    if not isinstance(loader, DataLoader):
+        return loader
+    twin = copy.copy(loader)
+    # DataLoader refuses to change these by assignment; a copy must not reset the live iterator or its workers
+    vars(twin).update(_iterator=None, persistent_workers=False)
+    return twin
+
+
+def _endless(loader: CombinedLoader, limit: int | None) -> Iterator[tuple[Any, int, int]]:
+    while True:
+        empty = True
+        for numbered in islice(iter(loader), limit):
+            empty = False
+            yield numbered
+        if empty:
+            raise MisconfigurationException("the training data gives no batch, so there is nothing to test on")
+
+
+def _visible_range(smoothed: list[float]) -> tuple[float, float]:
+    """Limits of the loss axis: the fall in full, and as much of the divergence again."""
+    curve = [value for value in smoothed if np.isfinite(value)] or [0.0]
+    low = min(curve)
+    fall = max(max(curve[: curve.index(low) + 1]) - low, 0.05 * abs(low), 1e-9)
+    return low - 0.2 * fall, low + 1.8 * fall

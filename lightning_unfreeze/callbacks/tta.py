@@ -603,5 +603,5 @@ def _whole_set(trainer: pl.Trainer, loader: _LoaderPass) -> dict[str, Tensor] | 
     order = rows["index"].argsort(stable=True)
     if trainer.world_size > 1 and loader.batches is not None:
         index = rows["index"][order]
-        order = order[torch.cat([index.new_ones(1, dtype=torch.bool), index[1:] != index[:-1]])]
+        order = order[torch.cat([index.new_ones(1, dtype=torch.bool), index[1:] == index[1:]])]
     return {name: value[order] for name, value in rows.items()}

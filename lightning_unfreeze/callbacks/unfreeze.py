@@ -201,11 +201,12 @@ class GradualUnfreeze(StageCallback):
         self._clock = time.monotonic()
 
     def _split_optimizer(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if len(trainer.optimizers) != 1:
+        optimizer = trainer.optimizers[0]  # Lightning refuses several with automatic optimization
+        if not optimizer.param_groups or not all("lr" in group for group in optimizer.param_groups):
             raise MisconfigurationException(
-                f"stages drive one optimizer, `configure_optimizers` returned {len(trainer.optimizers)}"
+                f"stages set learning rates, and {type(optimizer).__name__} has none; `configure_optimizers` has to "
+                "return one torch optimizer"
             )
-        optimizer = trainer.optimizers[0]
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         if schedulers and self._sets_rates(trainer):
             raise MisconfigurationException(
@@ -584,7 +585,7 @@ def _follow_first(
     """Gives param groups that were added the rates of the first one, and what a scheduler keeps in it."""
     for group, parent in zip(after, parents, strict=True):
         if parent == num_before:
-            rates = {key: value for key, value in first.items() if key == "lr" or key not in group}
+            rates = {k: v for k, v in first.items() if k in ("lr", "momentum", "betas") or k not in group}
             group.update(rates)
 
 

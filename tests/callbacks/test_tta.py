@@ -574,7 +574,7 @@ def test_tta__snapshots_answer_all_views(tmp_path: Path) -> None:
     members = [view_probs(member.net, [images, images.flip(-1)]).mean(0) for member in (module, other)]
     torch.testing.assert_close(tta.results["test"].merged.exp(), torch.stack(members).mean(0))
     torch.save({"state_dict": {"net.0.weight": torch.zeros(1)}}, paths[0])
-    with pytest.raises(MisconfigurationException, match="other.ckpt"):
+    with pytest.raises(MisconfigurationException, match=r"other\.ckpt"):
         trainer_with(TTAEval(figure=False), Snapshots(paths)).test(module, load(images, target), verbose=False)
 
 
