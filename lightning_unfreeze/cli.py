@@ -12,10 +12,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from rich.console import Console
 
 import lightning_unfreeze  # noqa: F401  (makes the short class names known to the parser)
-from lightning_unfreeze.reporting import table_of, write_csv
+from lightning_unfreeze.reporting import show, table_of, write_csv
 
 _EXPECTED_ERRORS = (MisconfigurationException, ValueError, NotImplementedError, OSError)
 
@@ -24,9 +23,22 @@ class _Parser(LightningArgumentParser):
     """A parser whose errors are one line, without the usage of some 300 options."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        lines = [line.strip() for line in message.splitlines() if line.strip()]
-        sys.stderr.write(f"error: {' '.join(lines)} (see `lightning-unfreeze COMMAND --help`)\n")
+        sys.stderr.write(f"error: {_cause(message)} (see `lightning-unfreeze COMMAND --help`)\n")
         sys.exit(2)
+
+
+def _cause(message: str) -> str:
+    """The line of a parser's message that says what is wrong.
+
+    For a value that may be of several types the parser lists one error per type and the whole value; the first is that
+    of the type that was meant.
+    """
+    flat = " ".join(message.split())
+    if "Errors: - " in flat:
+        flat = flat.rpartition("Errors: - ")[2]
+        for end in (" - Not a valid subclass", " - Expected a ", " Given value type:"):
+            flat = flat.partition(end)[0]
+    return flat
 
 
 class UnfreezeCLI(LightningCLI):
@@ -43,6 +55,8 @@ class UnfreezeCLI(LightningCLI):
             # -1 instead of Lightning's None: GradualUnfreeze sets the number, and None makes Lightning warn of 1000
             trainer_defaults={"max_epochs": -1},
             parser_class=_Parser,
+            # the module's own `configure_optimizers` decides; a scheduler beside the stages would fight them
+            auto_configure_optimizers=False,
             args=None if args is None else list(args),
             run=run,
         )
@@ -59,7 +73,7 @@ def main(args: Sequence[str] | None = None) -> None:
     arguments = [*(sys.argv[1:] if args is None else args)]
     arguments = _with_packaged_configs(arguments)
     commands = {"plan": _plan}
-    sys.argv = [sys.argv[0]]  # LightningCLI warns when it is given arguments and the process has some
+    process_argv, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns of arguments that the process has besides
     try:
         command = commands.get(arguments[0]) if arguments else None
         if command is not None:
@@ -71,9 +85,10 @@ def main(args: Sequence[str] | None = None) -> None:
     except _EXPECTED_ERRORS as error:
         if os.environ.get("LIGHTNING_UNFREEZE_TRACEBACK"):
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        sys.stderr.write(f"error: {message}\n")
+        sys.stderr.write(f"error: {_cause(str(error)) or type(error).__name__}\n")
         sys.exit(2)
+    finally:
+        sys.argv = process_argv
 
 
 def _with_packaged_configs(arguments: list[str]) -> list[str]:
@@ -93,9 +108,8 @@ def _plan(arguments: list[str]) -> None:
 
     cli = UnfreezeCLI(arguments, run=False)
     rows = plan_rows(cli.trainer, cli.model, cli.datamodule)
-    console = Console()
-    console.print(table_of(rows, title="plan (nothing was trained)"))
-    console.print(f"together {sum(row['epochs'] for row in rows)} epochs, {sum(row['minutes'] for row in rows):.2g} minutes")
+    show(table_of(rows, title="plan (nothing was trained)"))
+    show(f"together {sum(row['epochs'] for row in rows)} epochs, {sum(row['minutes'] for row in rows):.2g} minutes")
 
 
 def _write_predictions(cli: UnfreezeCLI) -> None:
@@ -113,4 +127,4 @@ def _write_predictions(cli: UnfreezeCLI) -> None:
     ]
     path = Path(cli.trainer.log_dir or cli.trainer.default_root_dir) / "predictions.csv"
     write_csv(path, rows)
-    Console().print(f"{len(rows)} predictions: {path}")
+    show(f"{len(rows)} predictions: {path}")

@@ -84,7 +84,7 @@ def _decode(path: Path, mode: str) -> Image.Image:
         with Image.open(path) as image:
             pixels: Image.Image = image.convert(mode)
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files
-        raise RuntimeError(f"{path} is not readable ({error}): repair or remove it, or set corrupt='skip'.") from error
+        raise OSError(f"{path} is not readable ({error}): repair or remove it, or set corrupt='skip'.") from error
     return pixels
 
 
@@ -396,7 +396,7 @@ def _folder(path: str, argument: str) -> Path:
 def _is_broken(path: Path) -> bool:
     try:
         _decode(path, "RGB")
-    except RuntimeError:
+    except OSError:
         return True
     return False
 

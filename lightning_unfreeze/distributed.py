@@ -6,13 +6,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    SingleDeviceStrategy,
-    SingleDeviceXLAStrategy,
-    XLAStrategy,
-)
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
 
 _WORKING = "single device (cpu, cuda, mps), 'ddp', 'ddp_spawn', 'ddp_fork', 'ddp_notebook'"
 
@@ -48,6 +44,16 @@ def rebuild_ddp(trainer: pl.Trainer) -> None:
     # dropping the last reference frees the old wrapper with its reducer and its hooks (it holds no reference cycle)
     strategy.model = strategy.lightning_module
     strategy.configure_ddp()
+
+
+def broadcast_buffers(trainer: pl.Trainer) -> None:
+    """Gives every rank the buffers of rank 0, those that a checkpoint holds. A collective call under DDP.
+
+    DDP does so before each forward pass, so after the last one of a stage BatchNorm's statistics differ.
+    """
+    if isinstance(trainer.strategy, DDPStrategy):
+        for buffer in trainer.lightning_module.buffers():
+            torch.distributed.broadcast(buffer.detach(), src=0)
 
 
 def gather_objects(trainer: pl.Trainer, value: Any) -> list[Any]:

@@ -22,11 +22,9 @@ from lightning_unfreeze.feature_store import (
     StoreError,
     StoreLayout,
     TensorSpec,
-    dataset_fingerprint,
-    fingerprint_of,
     store_lock,
-    transform_fingerprint,
 )
+from lightning_unfreeze.fingerprints import dataset_fingerprint, fingerprint_of, transform_fingerprint
 from lightning_unfreeze.frozen_prefix import FrozenPrefix, advance, fingerprint
 from lightning_unfreeze.reporting import progress_bar
 from lightning_unfreeze.sandbox import batch_on_device

@@ -25,21 +25,13 @@ with their `rank`; all write their own rows; after a second barrier rank 0 calls
 
 from __future__ import annotations
 
-import enum
 import errno
-import functools
-import hashlib
-import importlib.metadata
 import json
 import math
 import mmap
 import os
 import random
-import re
 import shutil
-import sys
-import sysconfig
-import types
 import weakref
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -49,7 +41,7 @@ from datetime import datetime, timezone
 from io import FileIO
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 import filelock
 import numpy as np
@@ -57,7 +49,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_unfreeze.seeding import keyed_rng
+from lightning_unfreeze.fingerprints import canonical_json, package_version
 
 StoreDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -231,13 +223,9 @@ class StoreLayout:
 # -------------------- the disk
 
 
-def _canonical(content: object) -> bytes:
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     """Write so that `path` is absent, as it was, or complete, also after a power cut."""
-    sealed = {"checksum": zlib.crc32(_canonical(content)), "content": content}
+    sealed = {"checksum": zlib.crc32(canonical_json(content)), "content": content}
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
         file.write(json.dumps(sealed, indent=1).encode())
@@ -261,7 +249,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         sealed = json.loads(path.read_bytes())
         content: dict[str, Any] = sealed["content"]
-        intact = zlib.crc32(_canonical(content)) == sealed["checksum"]
+        intact = zlib.crc32(canonical_json(content)) == sealed["checksum"]
     except FileNotFoundError:
         raise StoreError(f"No finished feature store in {path.parent}: {path.name} is missing.") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -410,7 +398,7 @@ class FeatureWriter:
     def _is_resumable(self) -> bool:
         """Whether the draft is of this layout and no data file was cut short: extending it would read as zeros."""
         with suppress(StoreError, FileNotFoundError):
-            same = _read_json(self.directory / "draft.json") == json.loads(_canonical(self.layout._to_json()))
+            same = _read_json(self.directory / "draft.json") == json.loads(canonical_json(self.layout._to_json()))
             sizes = [
                 path.stat().st_size == self.layout._file_bytes(name)
                 for name, path in self.layout._files(self.directory).items()
@@ -540,7 +528,7 @@ class FeatureWriter:
         with self._removing_on_error():
             checksums = {name: _chunk_checksums(path) for name, path in self.layout._files(self.directory).items()}
             details = {
-                "package_version": _package_version(),
+                "package_version": package_version(),
                 "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 "chunk_bytes": _CHUNK_BYTES,
                 "chunk_checksums": checksums,
@@ -666,264 +654,3 @@ def _verify(path: Path, num_bytes: int, chunk_bytes: int, checksums: Sequence[in
             file.seek(chunk * chunk_bytes)
             if zlib.crc32(file.read(chunk_bytes)) != checksums[chunk]:
                 raise StoreError(f"{path} is damaged: the checksum of chunk {chunk} does not match.")
-
-
-# -------------------- fingerprints
-
-
-def _package_version() -> str:
-    with suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version("lightning-unfreeze")
-    return "unknown"
-
-
-def _digest(*buffers: bytes | memoryview) -> str:
-    blake = hashlib.blake2b(digest_size=16)
-    for buffer in buffers:
-        blake.update(buffer)
-    return blake.hexdigest()
-
-
-def fingerprint_of(**parts: object) -> str:
-    """Key of named parts, the same in every process; the version of this package is always one of them.
-
-    Args:
-        **parts: Anything JSON holds: strings, numbers, booleans, None, lists and dicts of them.
-
-    Returns:
-        32 hexadecimal digits.
-
-    >>> fingerprint_of(weights="a1", views=4) == fingerprint_of(views=4, weights="a1")
-    True
-    >>> fingerprint_of(weights="a1", views=4) == fingerprint_of(weights="a1", views=5)
-    False
-    """
-    return _digest(_canonical({"package_version": _package_version(), "parts": parts}))
-
-
-def _array_digest(value: Tensor | npt.NDArray[Any]) -> str:
-    if isinstance(value, Tensor):
-        array = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    else:
-        array = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
-    return _digest(repr((str(value.dtype), tuple(value.shape))).encode(), array.data)
-
-
-def state_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Fingerprint of named tensors, values included: give it all parameters and all buffers of the frozen prefix."""
-    return fingerprint_of(tensors=[[name, _array_digest(tensor)] for name, tensor in tensors])
-
-
-def transform_fingerprint(transform: object) -> str:
-    """Fingerprint of a transform, or of any object that acts on the data: what it is, its settings, and its code.
-
-    Addresses in a `repr` do not count. Functions and classes outside of installed packages count with their bytecode,
-    defaults, closures, and the globals they name (numbers, strings, arrays; functions and classes in turn); those of
-    installed packages with name and version. Another version of Python makes another key.
-
-    Limits: code reached in other ways (an attribute of a module, a file the transform reads, an environment variable)
-    and what compiled objects hide do not count.
-    """
-    return fingerprint_of(transform=_Description().of(transform))
-
-
-def _installed(module_name: str) -> str | None:
-    """Top-level package and version of what is installed; None for the user's own code."""
-    package = module_name.partition(".")[0]
-    file = getattr(sys.modules.get(module_name), "__file__", None)
-    roots = [sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib")]
-    if package in sys.builtin_module_names or (file and any(Path(file).is_relative_to(root) for root in roots)):
-        return f"{package} {getattr(sys.modules.get(package), '__version__', sys.version_info[:2])}"
-    return None
-
-
-def _is_array(value: object) -> TypeGuard[Tensor | npt.NDArray[Any]]:
-    return isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind != "O")
-
-
-def _is_constant(value: object) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(_is_constant(item) for item in value)
-    return isinstance(value, (bool, int, float, str, Tensor, np.ndarray))
-
-
-class _Description:
-    """What can be said of an object in JSON, the same in every process."""
-
-    def __init__(self) -> None:
-        self._path: list[int] = []  # the objects being described, against cycles
-        self._code: set[int] = set()  # functions and classes described already
-
-    def of(self, value: object) -> Any:
-        if value is None or isinstance(value, (bool, int, float, str)):
-            return repr(value)
-        if _is_array(value):
-            return [type(value).__name__, _array_digest(value)]
-        if isinstance(value, types.FunctionType):
-            return self._of_code(value, self._of_function)
-        if isinstance(value, type):
-            return self._of_code(value, self._of_class)
-        if id(value) in self._path:
-            return ["cycle", len(self._path) - self._path.index(id(value))]
-        self._path.append(id(value))
-        try:
-            return [f"{type(value).__module__}.{type(value).__qualname__}", self._of_content(value)]
-        finally:
-            self._path.pop()
-
-    def _of_content(self, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return [[self.of(key), self.of(item)] for key, item in value.items()]
-        if isinstance(value, (set, frozenset)):
-            return sorted(json.dumps(self.of(item)) for item in value)
-        if isinstance(value, (list, tuple)):
-            return [self.of(item) for item in value]
-        if isinstance(value, functools.partial):
-            return [self.of(part) for part in (value.func, value.args, value.keywords)]
-        if isinstance(value, types.MethodType):
-            return [self.of(value.__func__), self.of(value.__self__)]
-        if isinstance(value, enum.Enum):
-            return value.name
-        if all(hasattr(value, name) for name in ("tobytes", "mode", "size")):  # an image of PIL
-            return [value.mode, value.size, _digest(value.tobytes())]
-        if hasattr(value, "__dict__"):
-            return [self.of(type(value)), [[key, self.of(item)] for key, item in sorted(vars(value).items())]]
-        return re.sub(r"\b0x[0-9a-fA-F]+", "", repr(value))
-
-    def _of_code(self, value: Any, describe: Callable[[Any], Any]) -> Any:
-        name = [value.__module__, value.__qualname__]
-        if id(value) in self._code:
-            return name
-        self._code.add(id(value))
-        return [*name, _installed(value.__module__), describe(value)]
-
-    def _of_class(self, cls: type) -> Any:
-        described = [self.of(base) for base in cls.__bases__ if base is not object]
-        if _installed(cls.__module__) is None:
-            for key, member in sorted(vars(cls).items()):
-                function = getattr(member, "fget", None) or getattr(member, "__func__", member)
-                if isinstance(function, types.FunctionType) or (not key.startswith("__") and _is_constant(member)):
-                    described.append([key, self.of(function)])
-        return described
-
-    def _of_function(self, function: types.FunctionType) -> Any:
-        closure = []
-        for cell in function.__closure__ or ():
-            with suppress(ValueError):  # a cell that is not filled yet
-                closure.append(self.of(cell.cell_contents))
-        if _installed(function.__module__) is not None:
-            return closure
-        used = {name: function.__globals__.get(name) for name in _names(function.__code__)}
-        constants = {
-            name: value
-            for name, value in used.items()
-            if _is_constant(value) or isinstance(value, (types.FunctionType, type))
-        }
-        defaults = [function.__defaults__, function.__kwdefaults__]
-        return [self._of_bytecode(function.__code__), self.of(defaults), closure, self.of(constants)]
-
-    def _of_bytecode(self, code: types.CodeType) -> Any:
-        constants = [
-            self._of_bytecode(constant) if isinstance(constant, types.CodeType) else self.of(constant)
-            for constant in code.co_consts
-        ]
-        return [code.co_code.hex(), code.co_names, constants]
-
-
-def _names(code: types.CodeType) -> list[str]:
-    """Names a function looks up, its inner functions included."""
-    inner = [_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    return sorted({*code.co_names, *(name for names in inner for name in names)})
-
-
-def dataset_fingerprint(
-    dataset: Any, indices: Sequence[int] | None = None, *, max_samples: int = 64, fingerprint: str | None = None
-) -> str:
-    """Fingerprint of what a dataset is, without reading all of it. Its transforms are not part of it.
-
-    Looks at the class and the attributes of the dataset and of those it wraps (`.dataset`, `.datasets`, `.reader`):
-    numbers and strings; lists and arrays with one entry per item (targets, indices of a subset, arrays of images) and
-    lists of arrays, in full; and where such a list names files (`.samples`, `.imgs`, ...), each file's size and
-    modification time. Where no files are named, `max_samples` items spread over the dataset are hashed as well, drawn
-    with fixed random numbers.
-
-    Limits: a file rewritten with equal size and time is not seen; nor is, where no files are named, a change of an item
-    that is neither in an array nor in the sample. Give `fingerprint` then.
-
-    Args:
-        dataset: A map-style dataset.
-        indices: The items used, in order, if not all of them.
-        max_samples: Number of items hashed where no files are named.
-        fingerprint: The user's own word for what the data is; nothing else is looked at then but `indices`.
-
-    Raises:
-        ValueError: The dataset has no length, and no fingerprint is given.
-    """
-    chosen = None if indices is None else _array_digest(np.asarray(indices, dtype=np.int64))
-    if fingerprint is not None:
-        return fingerprint_of(given=fingerprint, indices=chosen)
-    if not hasattr(dataset, "__len__"):
-        raise ValueError(f"{type(dataset).__name__} has no length and cannot be told from others: give a fingerprint.")
-    parts, names_files = _dataset_parts(dataset)
-    if not names_files:
-        used = np.arange(len(dataset)) if indices is None else np.asarray(indices, dtype=np.int64)
-        spread = np.unique(np.linspace(0, len(used) - 1, min(max_samples, len(used))).round().astype(np.int64))
-        for index in used[spread].tolist():
-            with keyed_rng("dataset_fingerprint", index):
-                parts.append([index, _Description().of(dataset[index])])
-    return fingerprint_of(dataset=parts, indices=chosen)
-
-
-def _dataset_parts(dataset: Any) -> tuple[list[Any], bool]:
-    """What class and attributes say, in JSON, and whether the dataset, or each one it wraps, names its files."""
-    attributes = dict(sorted(getattr(dataset, "__dict__", {}).items()))
-    parts: list[Any] = [_Description().of(type(dataset)), len(dataset)]
-    names_files = False
-    described: dict[int, list[Any]] = {}  # by identity: ImageFolder has one list as `samples` and as `imgs`
-    for name, value in attributes.items():
-        if isinstance(value, (bool, int, float, str)):
-            parts.append([name, repr(value)])
-        elif isinstance(value, (list, tuple)) and value and all(_is_array(array) for array in value):
-            described[id(value)] = [name, [_array_digest(array) for array in value]]
-        elif _num_entries(value) == len(dataset) > 0 and id(value) not in described:
-            digest, has_files = _entries_digest(value)
-            described[id(value)] = [name, digest]
-            names_files |= has_files
-    wrapped = [attributes[name] for name in ("dataset", "reader") if hasattr(attributes.get(name), "__len__")]
-    wrapped += attributes["datasets"] if isinstance(attributes.get("datasets"), (list, tuple)) else []
-    inner = [_dataset_parts(child) for child in wrapped]
-    all_parts = [*parts, *described.values(), *(child for child, _ in inner)]
-    return all_parts, names_files or (bool(inner) and all(has_files for _, has_files in inner))
-
-
-def _num_entries(value: object) -> int | None:
-    if isinstance(value, (Tensor, np.ndarray)):
-        return value.shape[0] if value.ndim else None
-    return len(value) if isinstance(value, (list, tuple)) else None
-
-
-def _entries_digest(entries: Any) -> tuple[str | None, bool]:
-    """Digest of one entry per item, and whether the entries name files; no digest where they are objects."""
-    if _is_array(entries) and not (isinstance(entries, np.ndarray) and entries.dtype.kind in "SU"):
-        return _array_digest(entries), False
-    leaves = [_leaves(entry) for entry in entries]
-    plain = (str, Path, bool, int, float, np.generic, type(None))
-    if not all(isinstance(leaf, plain) for entry in leaves for leaf in entry):
-        return None, False
-    files = [i for i, leaf in enumerate(leaves[0]) if isinstance(leaf, (str, Path)) and os.path.isfile(leaf)]
-    blake = hashlib.blake2b(digest_size=16)
-    for entry in leaves:
-        blake.update(repr([str(leaf) for leaf in entry]).encode())
-        for i in files:
-            with suppress(OSError, IndexError):
-                stat = os.stat(entry[i])
-                blake.update(b"%d %d" % (stat.st_size, stat.st_mtime_ns))
-    return blake.hexdigest(), bool(files)
-
-
-def _leaves(entry: Any) -> list[Any]:
-    if isinstance(entry, Mapping):
-        entry = list(entry.items())
-    if isinstance(entry, (list, tuple)):
-        return [leaf for part in entry for leaf in _leaves(part)]
-    return [entry]

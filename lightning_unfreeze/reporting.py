@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
+from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
@@ -65,6 +66,12 @@ def table_of(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     for row in rows:
         table.add_row(*[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()])
     return table
+
+
+def show(what: Table | str) -> None:
+    """Prints a table or a line on the console, wide enough for a table where there is no terminal to fit into."""
+    console = Console()
+    (console if console.is_terminal else Console(width=140, soft_wrap=True)).print(what)
 
 
 def plot_stages(

@@ -67,12 +67,12 @@ def cosine_restarts(
 
 
 @overload
-def cycle_at(t: float, cycle_len: float, cycle_mult: float = 1) -> tuple[int, float, float]: ...
+def cycle_at(t: float, cycle_len: float | Fraction, cycle_mult: float | Fraction = 1) -> tuple[int, float, float]: ...
 @overload
 def cycle_at(
-    t: NDArray[Any], cycle_len: float, cycle_mult: float = 1
+    t: NDArray[Any], cycle_len: float | Fraction, cycle_mult: float | Fraction = 1
 ) -> tuple[NDArray[np.int64], FloatArray, FloatArray]: ...
-def cycle_at(t: Any, cycle_len: float, cycle_mult: float = 1) -> Any:
+def cycle_at(t: Any, cycle_len: float | Fraction, cycle_mult: float | Fraction = 1) -> Any:
     """The cycle that `t` lies in, as (index from 0, start, length).
 
     Starts are summed as fractions and rounded once, so a `t` that is the nearest float to a start begins the new cycle.
@@ -352,7 +352,9 @@ _RULES: dict[str, Callable[[FloatArray, FloatArray], float]] = {
 }
 
 
-def _cycles(t: FloatArray, cycle_len: float, cycle_mult: float) -> tuple[NDArray[np.int64], FloatArray, FloatArray]:
+def _cycles(
+    t: FloatArray, cycle_len: float | Fraction, cycle_mult: float | Fraction
+) -> tuple[NDArray[np.int64], FloatArray, FloatArray]:
     """Index, start and length of the cycle of each time; no logarithm, which misses exact restarts."""
     length, mult = _rational("cycle_len", cycle_len), _rational("cycle_mult", cycle_mult)
     if mult == 1:
@@ -379,7 +381,7 @@ def _cycles(t: FloatArray, cycle_len: float, cycle_mult: float) -> tuple[NDArray
     return found.astype(np.int64), np.asarray(starts)[found], np.asarray(lengths)[found]
 
 
-def _rational(name: str, value: float) -> Fraction:
+def _rational(name: str, value: float | Fraction) -> Fraction:
     """The fraction that was meant: 0.1 is 1/10 and 1/3 a third, though their floats are neither."""
     _check(0 < value < float("inf"), name, value, "a finite number above 0")
     if isinstance(value, Rational):

@@ -40,7 +40,7 @@ class Stage:
     """
 
     name: str
-    train: Literal["head", "all"] | int | list[str] = "all"
+    train: int | str | list[str] = "all"
     epochs: int | None = None
     lr: float | Literal["find"] | None = None
     lr_mult: float | list[float] = 1.0

@@ -174,7 +174,7 @@ def broken(root: Path) -> Path:
 def test_corrupt__error_names_the_file(name: str, tmp_path: Path) -> None:
     data = ready(broken(tmp_path), val_fraction=0.01)
     split = "train" if name in names(data, "train") else "val"
-    with pytest.raises(RuntimeError, match=f"{name} is not readable"):
+    with pytest.raises(OSError, match=f"{name} is not readable"):
         data.dataset(split)[names(data, split).index(name)]
 
 

@@ -293,6 +293,38 @@ def test_module__called_before_and_behind_the_boundary() -> None:
     assert prefix.shapes == {"shared-call1": (3, 8, 8)}
 
 
+def test_module__called_inside_another_one_of_the_prefix_too() -> None:
+    activation = nn.Tanh()
+    block = nn.Sequential(nn.Conv2d(3, 3, 3), activation)
+    network = nn.Sequential(nn.Conv2d(3, 3, 3), activation, block, nn.Conv2d(3, 2, 3))
+    assert assert_same_training(freeze(network, "0", "2"), torch.randn(7, 3, 9, 9)).boundary == "2"
+
+
+class Scale(nn.Module):
+    """A trainable parameter that belongs to no layer; ``gate`` hides from autograd that it depends on it."""
+
+    class Gate(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).sigmoid().detach()
+
+    def __init__(self, early: bool) -> None:
+        super().__init__()
+        self.first, self.gate, self.early = nn.Conv2d(3, 4, 3), self.Gate(4, 4, 1), early
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.first(images)
+        x = x * self.scale if self.early else x
+        return self.gate(x) * self.scale
+
+
+@pytest.mark.parametrize(("early", "boundary"), [(True, "first"), (False, "gate")])
+def test_prefix__ends_where_a_trainable_parameter_is_used(early: bool, boundary: str) -> None:
+    network = freeze(Scale(early), "first", "gate")
+    images = torch.randn(3, 3, 8, 8)
+    assert find(network, images).boundary == boundary
+
+
 class Containers(nn.Module):
     """The frozen part gives a dict with a tuple, a size, a constant table and something that nobody reads."""
 
@@ -313,7 +345,8 @@ class Containers(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         out = self.part(images)
         mean, (top,) = out["pair"]
-        return self.head((mean + top + out["table"][..., 0] * out["size"][0]).mean(2))
+        table = out["table"].add_(1)  # in place: the prefix has to keep its own
+        return self.head((mean + top + table[..., 0] * out["size"][0]).mean(2))
 
 
 def test_outputs__containers_keep_their_form() -> None:
@@ -390,14 +423,19 @@ def test_autocast__features_are_bf16_and_training_is_the_same() -> None:
         return run
 
     assert_same_training(network, images, under_autocast)
-    with torch.autocast(
-        "cpu", torch.bfloat16
-    ):  # and with the context around the search, where casts of weights are kept
-        prefix = find(network, images[:3])
-        assert prefix.extract(images)["blocks.0"].dtype == prefix.dtypes["blocks.0"]
-    network = freeze(build("test_resnet"), "conv1", "bn1", "layer1")
+
+
+def test_autocast__around_the_search_loses_no_gradient() -> None:
+    """Autocast keeps cast weights; those cast without a graph must not be there in the next forward."""
+    network = freeze(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.Conv2d(4, 4, 3, bias=False)), "0")
+    images = torch.randn(3, 3, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        assert find(network, images[:3]).dtypes == {"layer1": torch.bfloat16}
+        for _ in range(2):
+            prefix = find(network, images)
+            assert prefix.dtypes == {"0": torch.bfloat16}
+            assert prefix.extract(images)["0"].dtype == torch.bfloat16
+        network(images).sum().backward()
+    assert network[1].weight.grad.abs().sum() > 0
 
 
 def test_stored_dtype__is_cast_back_to_that_of_the_forward() -> None:

@@ -317,6 +317,12 @@ def test_layer_groups__take_an_unknown_backbone_whole(head: str) -> None:
     assert sizes(layer_groups(module)) == {"backbone": 18, "head": 20}
 
 
+def test_layer_groups__find_the_one_known_network_inside_a_backbone() -> None:
+    known = Net(lambda m: {"a": m.a, "b": m.b}, a=linear(), b=linear(3))
+    module = Net(backbone=Net(inner=known), head=linear(4))
+    assert sizes(layer_groups(module)) == {"a": 6, "b": 12, "head": 20}
+
+
 def test_layer_groups__split_a_sequential_backbone_without_taking_its_last_child_for_the_head() -> None:
     module = Net(backbone=nn.Sequential(linear(), nn.ReLU(), linear(3)), classifier=linear(4))
     assert sizes(layer_groups(module)) == {"0": 6, "2": 12, "head": 20}

@@ -70,8 +70,7 @@ class RangeTest:
         axis.plot(self.lrs, self.losses, ".", color="0.75", markersize=4, label="loss per step")
         axis.plot(self.lrs, self.smoothed, color="black", linewidth=1.8, label="smoothed")
         axis.set_xscale("log")
-        low, high = _visible_range(self.smoothed)
-        axis.set_ylim(low, high)
+        axis.set_ylim(*_visible_range(self.losses, self.smoothed))
         for index, (method, rate) in enumerate(self.suggestions().items()):
             used = method == self.method
             label = f"{method}: {'no signal' if rate is None else f'{rate:.2g}'}{' (chosen)' if used else ''}"
@@ -332,9 +331,11 @@ def _endless(loader: CombinedLoader, limit: int | None) -> Iterator[tuple[Any, i
             raise MisconfigurationException("the training data gives no batch, so there is nothing to test on")
 
 
-def _visible_range(smoothed: list[float]) -> tuple[float, float]:
-    """Limits of the loss axis: the fall in full, and as much of the divergence again."""
-    curve = [value for value in smoothed if np.isfinite(value)] or [0.0]
-    low = min(curve)
-    fall = max(max(curve[: curve.index(low) + 1]) - low, 0.05 * abs(low), 1e-9)
-    return low - 0.2 * fall, low + 1.8 * fall
+def _visible_range(losses: list[float], smoothed: list[float]) -> tuple[float, float]:
+    """Limits of the loss axis: the whole smoothed curve before it diverges, and most of the measured points."""
+    points = np.array([*losses, *smoothed])
+    low, high = np.percentile(points[np.isfinite(points)], [1, 90]) if np.isfinite(points).any() else (0.0, 1.0)
+    early = [value for value in smoothed[: len(smoothed) // 2] if np.isfinite(value)]
+    low, high = min([low, *early]), max([high, *early])
+    margin = 0.1 * (high - low) or 1e-6
+    return low - margin, high + margin

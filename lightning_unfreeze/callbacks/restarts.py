@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -9,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateFinder, StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -22,14 +24,16 @@ from lightning_unfreeze.schedules import (
     one_cycle,
     slanted_triangle,
 )
-from lightning_unfreeze.stages import MAX_STAGE_EPOCHS, Stage, as_fraction
+from lightning_unfreeze.stages import Stage, as_fraction, cycles_sum
+
+_MORE_IS_BETTER, _LESS_IS_BETTER = ("acc", "f1", "auc", "auroc"), ("loss", "error")
 
 
 class CosineRestarts(StageCallback):
     """Writes `lr = peak_lr * multiplier(step)` before each optimizer step; a pure function of stage and step.
 
-    Sole writer of the `lr` of the param groups during a stage. The peak of a group (`param_group["peak_lr"]`) comes from
-    the stage's `lr` and `lr_mult`, from the range test, or, without stages, from the optimizer. A stage without
+    Sole writer of the `lr` of the param groups during a stage. The peak of a group (`param_group["peak_lr"]`) is that
+    of the stage's `lr` and `lr_mult`, of the range test, or, without stages, of the optimizer. A stage without
     `cycle_len` keeps its rates constant, as fast.ai's `fit` did. Cycles are counted in optimizer steps with fractions,
     so restarts are exact (SGDR, Loshchilov & Hutter 2017, section 3); every stage starts anew at its peak. The last
     cycle of a stage is stretched to the end of its epoch where the cycles end inside one.
@@ -50,8 +54,8 @@ class CosineRestarts(StageCallback):
         snapshots: Save the weights at each cycle end, as `snapshots/{stage}-cycle{n}.ckpt` beside the checkpoints.
         ensemble: In `test`, average the class probabilities over the snapshots: `forward` of the module then returns
             the log of the mean probability.
-        monitor: Logged value that judges over-fitting.
-        mode: Whether less or more of it is better; `"auto"` takes less for a name with "loss" or "error" in it.
+        monitor: Value logged in validation that judges over-fitting.
+        mode: Whether less or more of it is better; `"auto"` tells by "loss", "error", "acc", "f1" or "auc" in its name.
         min_delta: Least improvement over a cycle that counts.
 
     Raises:
@@ -83,95 +87,135 @@ class CosineRestarts(StageCallback):
             raise ValueError(f"floor={floor} and warmup={warmup} shape cosine cycles; shape={shape!r} has its own")
         if mode not in ("auto", "min", "max"):
             raise ValueError(f"mode={mode!r} is not 'auto', 'min' or 'max'")
+        known = any(part in monitor.lower() for part in (*_LESS_IS_BETTER, *_MORE_IS_BETTER))
+        if mode == "auto" and not known:
+            raise ValueError(
+                f"monitor={monitor!r}: its name does not tell whether less is better; set mode='min' or 'max'"
+            )
         if min_delta < 0:
             raise ValueError(f"min_delta={min_delta} has to be 0 or more")
         if momentum is not None and not 0 <= momentum[0] <= momentum[1] < 1:
             raise ValueError(f"momentum={momentum} has to be (low, high) with 0 <= low <= high < 1")
         if ensemble and not snapshots:
             raise ValueError("ensemble=True averages over snapshots; set snapshots=True too")
-        cosine_restarts(0, cycle_len or 1, cycle_mult, floor=floor, decay=decay, warmup=warmup)  # refuses what it cannot
+        first_len = 1.0 if cycle_len is None else cycle_len
+        cosine_restarts(0.0, first_len, cycle_mult, floor=floor, decay=decay, warmup=warmup)  # refuses what it cannot
         self.shape = shape
         self.cycle_len, self.cycle_mult = cycle_len, cycle_mult
         self.floor, self.decay, self.warmup, self.first_steps_warmup = floor, decay, warmup, first_steps_warmup
         self.momentum = momentum
         self.save_snapshots, self.ensemble = snapshots, ensemble
         self.monitor, self.min_delta = monitor, min_delta
-        self.mode = mode if mode != "auto" else "min" if "loss" in monitor or "error" in monitor else "max"
+        falls = mode == "min" or (mode == "auto" and any(part in monitor.lower() for part in _LESS_IS_BETTER))
+        self.mode: Literal["min", "max"] = "min" if falls else "max"
         self.snapshots: list[Path] = []
         self.cycle_values: dict[str, list[float]] = {}
         self._best_weights: dict[str, Tensor] | None = None
-        self._steps_per_epoch = 0
+        self._value: float | None = None
+        # of the present stage, in optimizer steps, exact: the first cycle (None: no cycles), the last one, the end
+        self._first_len: Fraction | None = None
+        self._mult = Fraction(1)
+        self._last_start: tuple[int, Fraction] | None = None
+        self._total_steps: float = math.inf
         self._last_step = -1
         self._forward_calls = 0
 
     # --- before training -------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuses a second writer of the rates, and snapshots without a folder."""
-        others = [type(c).__name__ for c in trainer.callbacks if c is not self and isinstance(c, CosineRestarts)]  # type: ignore[attr-defined]
-        if others:
-            raise MisconfigurationException("two CosineRestarts would both write the learning rates; keep one")
-        if stage == "fit" and self.save_snapshots and report_dir(trainer) is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        """Refuses a second writer of the rates; forgets an earlier fit (a checkpoint's state is loaded after this)."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        self.snapshots, self.cycle_values, self._best_weights, self._value = [], {}, None, None
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, CosineRestarts | LearningRateFinder | StochasticWeightAveraging) and other is not self:
+                raise MisconfigurationException(
+                    f"{type(other).__name__} and CosineRestarts would both write the learning rates; keep one of them"
+                )
+            if isinstance(other, GradientAccumulationScheduler):
+                raise MisconfigurationException(
+                    "GradientAccumulationScheduler changes the number of optimizer steps of an epoch, and cycles are "
+                    "counted in steps; use Trainer(accumulate_grad_batches=...)"
+                )
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuses a scheduler of the module, by name, and what cannot be cycled or saved."""
+        schedulers = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
+        if schedulers:
+            raise MisconfigurationException(
+                f"`configure_optimizers` returned the scheduler {schedulers[0]}, and CosineRestarts writes the "
+                "learning rates: two writers of one quantity; return the optimizer alone, or take CosineRestarts out"
+            )
+        if len(trainer.optimizers) != 1:
+            raise MisconfigurationException(
+                f"CosineRestarts counts the steps of one optimizer, the module has {len(trainer.optimizers)}"
+            )
+        options = trainer.optimizers[0].defaults
+        if self.momentum is not None and "betas" not in options and "momentum" not in options:
+            raise MisconfigurationException(
+                f"momentum={self.momentum}, but {type(trainer.optimizers[0]).__name__} has neither momentum nor betas"
+            )
+        if self.save_snapshots and report_dir(trainer) is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise MisconfigurationException(
                 "CosineRestarts(snapshots=True) saves beside the checkpoints, and this Trainer has neither checkpoints "
                 "nor a logger; set enable_checkpointing=True or snapshots=False"
             )
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuses a scheduler of the module, by name."""
-        schedulers = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
-        if schedulers:
-            raise MisconfigurationException(
-                f"`configure_optimizers` returned the scheduler {schedulers[0]}, and CosineRestarts writes the learning "
-                "rates: two writers of one quantity; return the optimizer alone, or take CosineRestarts out"
-            )
-
     def on_stage_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
-        """Counts the steps of an epoch, and writes the rates of the first step."""
-        batches = trainer.num_training_batches
-        if batches == float("inf"):
-            raise MisconfigurationException(
-                "the training data has no length, so cycles cannot be counted in epochs; set "
-                "Trainer(limit_train_batches=...) to the number of batches of an epoch"
-            )
-        self._steps_per_epoch = -(-int(batches) // trainer.accumulate_grad_batches)
+        """Lays out the cycles of the stage, and writes the rates of its first step."""
+        if self.run is None:
+            return
         self._last_step = trainer.global_step
-        if stage.until and trainer.check_val_every_n_epoch != 1:
-            raise MisconfigurationException(
-                f"stage {stage.name!r}: until='overfit' needs a validation in every epoch, the Trainer has "
-                f"check_val_every_n_epoch={trainer.check_val_every_n_epoch}"
-            )
-        if self.run is not None and not self.run.resumed:
-            self.cycle_values.pop(stage.name, None)
-            self._best_weights = None
+        self._lay_out_cycles(trainer, stage)
+        if stage.until is not None:
+            _need_validation_at_epoch_end(trainer, stage)
+        if not self.run.resumed:
+            self._best_weights = self._value = None
         self._write(trainer)
 
     # --- the schedule ----------------------------------------------------------------------------------------------
 
-    def _cycles(self) -> tuple[Fraction, Fraction, int] | None:
-        """First cycle in optimizer steps, `cycle_mult`, number of cycles; None where the stage has no cycles."""
-        if self.run is None:
-            return None
-        stage = self.run.stage
-        if self.run.planned:
-            if stage.cycle_len is None:
-                return None
-            return as_fraction(stage.cycle_len) * self._steps_per_epoch, as_fraction(stage.cycle_mult), stage.num_cycles
-        length = stage.num_epochs if self.cycle_len is None else as_fraction(self.cycle_len)
-        return Fraction(length) * self._steps_per_epoch, as_fraction(self.cycle_mult), MAX_STAGE_EPOCHS
+    def _lay_out_cycles(self, trainer: pl.Trainer, stage: Stage) -> None:
+        self._first_len, self._last_start, self._total_steps = None, None, math.inf
+        planned = self.run is not None and self.run.planned
+        if planned and stage.cycle_len is None:
+            return
+        batches = trainer.num_training_batches
+        if math.isinf(batches):
+            raise MisconfigurationException(
+                "the training data has no length, so cycles cannot be counted in epochs; set "
+                "Trainer(limit_train_batches=...) to the number of batches of an epoch"
+            )
+        # Lightning also steps at the last batch of an epoch, where the accumulation window is not full
+        epoch_steps = -(-int(batches) // trainer.accumulate_grad_batches)
+        if planned:
+            self._first_len, self._mult = as_fraction(stage.cycle_len or 1) * epoch_steps, as_fraction(stage.cycle_mult)
+            before_last = cycles_sum(stage.cycle_len or 1, stage.cycle_mult, stage.num_cycles - 1)
+            self._last_start = stage.num_cycles - 1, before_last * epoch_steps
+            self._total_steps = stage.num_epochs * epoch_steps
+            return
+        self._total_steps = trainer.estimated_stepping_batches
+        if self.cycle_len is None:
+            if math.isinf(self._total_steps):
+                raise MisconfigurationException(
+                    "CosineRestarts() makes the whole fit one cycle, and this fit has no end; set "
+                    "Trainer(max_epochs=...), or CosineRestarts(cycle_len=...)"
+                )
+            self._first_len, self._last_start = Fraction(int(self._total_steps)), (0, Fraction(0))
+            return
+        self._first_len, self._mult = as_fraction(self.cycle_len) * epoch_steps, as_fraction(self.cycle_mult)
+        if not math.isinf(self._total_steps):
+            self.cycle(int(self._total_steps))  # refuses cycles that shrink to nothing before the end of the fit
 
     def cycle(self, step: int) -> tuple[int, float, float] | None:
         """The cycle of optimizer step `step` of the stage: index, first step, length in steps; None without cycles."""
-        cycles = self._cycles()
-        if cycles is None or self.run is None:
+        if self._first_len is None:
             return None
-        length, mult, count = cycles
-        index, start, span = cycle_at(step, length, mult)
-        if self.run.planned and index >= count - 1:
-            total_steps = self.run.stage.num_epochs * self._steps_per_epoch
-            start = float(sum((length * mult**i for i in range(count - 1)), Fraction(0)))
-            index, span = count - 1, total_steps - start
-        return index, start, span
+        if self._last_start is not None and step >= self._last_start[1]:
+            index, start = self._last_start
+            return index, float(start), float(self._total_steps - start)
+        return cycle_at(step, self._first_len, self._mult)
 
     def multiplier(self, step: int) -> float:
         """Multiplier of the peak rate at optimizer step `step` of the present stage, both from 0."""
@@ -179,13 +223,14 @@ class CosineRestarts(StageCallback):
         if cycle is None:
             return 1.0
         index, start, length = cycle
-        t = float(step) - start
+        t = step - start
         if self.shape == "slanted_triangle":
             value = slanted_triangle(t, length)
         elif self.shape == "one_cycle":
             value = one_cycle(t, length)
         else:
-            value = cosine_restarts(min(t, length * (1 - 1e-12)), length, floor=self.floor, warmup=self.warmup)
+            # the end of the last cycle is no restart
+            value = cosine_restarts(t, length, floor=self.floor, warmup=self.warmup) if t < length else self.floor
         if self.first_steps_warmup and index == 0:
             value = first_steps_warmup(t, value, length)
         return float(value * self.decay**index)
@@ -193,21 +238,19 @@ class CosineRestarts(StageCallback):
     def _write(self, trainer: pl.Trainer) -> None:
         if self.run is None:
             return
-        step = trainer.global_step - self.run.start_step
-        multiplier = self.multiplier(step)
-        momentum = None if self.momentum is None else float(cycling_momentum(multiplier, *self.momentum))
-        for optimizer in trainer.optimizers:
-            for group in optimizer.param_groups:
-                # a group that was added late has its own rate as its peak
-                rate = group.setdefault("peak_lr", float(group["lr"])) * multiplier
-                if isinstance(group["lr"], Tensor):
-                    group["lr"].fill_(rate)
-                else:
-                    group["lr"] = rate
-                if momentum is not None and "betas" in group:
-                    group["betas"] = (momentum, *group["betas"][1:])
-                elif momentum is not None and "momentum" in group:
-                    group["momentum"] = momentum
+        multiplier = self.multiplier(trainer.global_step - self.run.start_step)
+        momentum = None if self.momentum is None else cycling_momentum(multiplier, *self.momentum)
+        for group in trainer.optimizers[0].param_groups:
+            # a group that was added late has its own rate as its peak
+            rate = group.setdefault("peak_lr", float(group["lr"])) * multiplier
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+            if momentum is not None and "betas" in group:
+                group["betas"] = (momentum, *group["betas"][1:])
+            elif momentum is not None:
+                group["momentum"] = momentum
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -223,76 +266,74 @@ class CosineRestarts(StageCallback):
         if self.run is None or trainer.global_step == self._last_step:  # inside an accumulation window
             return
         self._last_step = trainer.global_step
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._log_progress(trainer)
-        if self.save_snapshots and self._ends_cycle(trainer):
-            self._save_snapshot(trainer)
+        done = trainer.global_step - self.run.start_step
+        cycle = self.cycle(done - 1)
+        if cycle is not None:
+            index, start, length = cycle
+            if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+                for logger in trainer.loggers:
+                    progress = {"cycle": float(index), "cycle_progress": (done - start) / length}
+                    logger.log_metrics(progress, step=trainer.global_step)
+            if self.save_snapshots and self._ends_cycle(done):
+                self._save_snapshot(trainer, f"{self.run.stage.name}-cycle{index + 1}.ckpt")
         self._write(trainer)
 
-    def _ends_cycle(self, trainer: pl.Trainer) -> bool:
-        """Whether the optimizer step that was made last is the last one of its cycle."""
-        if self.run is None:
-            return False
-        done = trainer.global_step - self.run.start_step
+    def _ends_cycle(self, done: int) -> bool:
+        """Whether the stage's optimizer step number `done` (from 1) is the last one of its cycle."""
         now, before = self.cycle(done), self.cycle(done - 1) if done else None
-        if now is None or before is None:
-            return False
-        return now[0] != before[0] or done >= before[1] + before[2]
+        return now is not None and before is not None and (now[0] != before[0] or done == self._total_steps)
 
-    def _log_progress(self, trainer: pl.Trainer) -> None:
-        cycle = self.cycle(trainer.global_step - 1 - self.run.start_step) if self.run else None
-        if cycle is None or self.run is None:
-            return
-        index, start, length = cycle
-        progress = (trainer.global_step - self.run.start_step - start) / length
-        for logger in trainer.loggers:
-            logger.log_metrics({"cycle": float(index), "cycle_progress": progress}, step=trainer.global_step)
-
-    def _save_snapshot(self, trainer: pl.Trainer) -> None:
+    def _save_snapshot(self, trainer: pl.Trainer, name: str) -> None:
         folder = report_dir(trainer)
-        if folder is None or self.run is None:
+        if folder is None:
             return
-        cycle = self.cycle(trainer.global_step - self.run.start_step - 1)
-        path = folder / "snapshots" / f"{self.run.stage.name}-cycle{cycle[0] + 1 if cycle else 1}.ckpt"
+        # rank 0's, since ranks may number the folders of their loggers differently
+        path = Path(trainer.strategy.broadcast(folder / "snapshots" / name))
         trainer.save_checkpoint(path, weights_only=True)
         if path not in self.snapshots:
             self.snapshots.append(path)
 
     # --- until over-fitting ----------------------------------------------------------------------------------------
 
-    def wants_to_end_stage(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> bool:
-        """At a cycle end: keeps the best weights, and says whether the last full cycle brought no improvement."""
-        if stage.until is None or not self._ends_cycle(trainer):
-            return False
-        values = self.cycle_values.setdefault(stage.name, [])
-        value = self._monitored(trainer, stage)
-        best_before = (min if self.mode == "min" else max)(values) if values else None
-        values.append(value)
-        if best_before is None or self._gain(best_before, value) > 0:
-            self._best_weights = {name: tensor.detach().cpu().clone() for name, tensor in pl_module.state_dict().items()}
-        if best_before is None:
-            return False
-        ends = not self._gain(best_before, value) > self.min_delta
-        if ends:
-            rank_zero_info(
-                f"stage {stage.name!r}: {self.monitor}={value:.5g} after cycle {len(values)} is no improvement over "
-                f"{best_before:.5g} (min_delta={self.min_delta:g}); the stage ends, the best cycle end is restored"
-            )
-        return ends
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keeps the monitored value: a checkpoint of this validation is resumed without validating again."""
+        if self.run is None or self.run.stage.until is None or trainer.sanity_checking:
+            return
+        value = self._logged_value(trainer, self.run.stage).detach().float().to(trainer.strategy.root_device)
+        # one value, so one decision, on all ranks, also where the module logs without `sync_dist`
+        self._value = float(trainer.strategy.reduce(value, reduce_op="mean"))
 
-    def _gain(self, before: float, now: float) -> float:
-        return before - now if self.mode == "min" else now - before
-
-    def _monitored(self, trainer: pl.Trainer, stage: Stage) -> float:
+    def _logged_value(self, trainer: pl.Trainer, stage: Stage) -> Tensor:
         logged = trainer.callback_metrics
         if self.monitor not in logged:
             raise MisconfigurationException(
-                f"stage {stage.name!r}: until='overfit' looks at {self.monitor!r}, which was not logged; logged are "
-                f"{sorted(logged)}; name one of them: CosineRestarts(monitor=...)"
+                f"stage {stage.name!r}: until='overfit' looks at {self.monitor!r}, which validation did not log; "
+                f"logged are {sorted(logged)}; name one of them: CosineRestarts(monitor=...)"
             )
-        # one value, so one decision, on all ranks, also where the module logs without `sync_dist`
-        value = logged[self.monitor].detach().float().to(trainer.strategy.root_device)
-        return float(trainer.strategy.reduce(value, reduce_op="mean"))
+        return logged[self.monitor]
+
+    def wants_to_end_stage(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> bool:
+        """At a cycle end: keeps the best weights, and says whether the last full cycle brought no improvement."""
+        if stage.until is None or self.run is None or not self._ends_cycle(trainer.global_step - self.run.start_step):
+            return False
+        value = float(self._logged_value(trainer, stage)) if self._value is None else self._value
+        values = self.cycle_values.setdefault(stage.name, [])
+        best_before = (min if self.mode == "min" else max)(values) if values else None
+        values.append(value)
+        if best_before is None or self._gain(best_before, value) > 0:
+            self._best_weights = {
+                name: tensor.detach().cpu().clone() for name, tensor in pl_module.state_dict().items()
+            }
+        if best_before is None or self._gain(best_before, value) > self.min_delta:
+            return False
+        rank_zero_info(
+            f"stage {stage.name!r}: {self.monitor}={value:.5g} after cycle {len(values)} is no improvement over "
+            f"{best_before:.5g} (min_delta={self.min_delta:g}); the stage ends, the best cycle end is restored"
+        )
+        return True
+
+    def _gain(self, before: float, now: float) -> float:
+        return before - now if self.mode == "min" else now - before
 
     def on_stage_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
         """Goes back to the best cycle end of a stage with `until`."""
@@ -338,18 +379,19 @@ class CosineRestarts(StageCallback):
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Snapshots, the values at the cycle ends so far, and the best weights of a stage with `until`."""
+        """Snapshots; for a stage with `until` the values at the cycle ends, the best weights and the last value."""
         return {
             "snapshots": [str(path) for path in self.snapshots],
             "cycle_values": {name: list(values) for name, values in self.cycle_values.items()},
             "best_weights": self._best_weights,
+            "value": self._value,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave."""
         self.snapshots = [Path(path) for path in state_dict["snapshots"]]
         self.cycle_values = {name: list(values) for name, values in state_dict["cycle_values"].items()}
-        self._best_weights = state_dict["best_weights"]
+        self._best_weights, self._value = state_dict["best_weights"], state_dict["value"]
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leaves the module's `forward` as it was, also after an error."""
@@ -357,3 +399,12 @@ class CosineRestarts(StageCallback):
         if self.ensemble and stage == "test":
             vars(pl_module).pop("forward", None)
 
+
+def _need_validation_at_epoch_end(trainer: pl.Trainer, stage: Stage) -> None:
+    every_epochs, every_batches = trainer.check_val_every_n_epoch, trainer.val_check_batch
+    if every_epochs != 1 or (every_batches and trainer.num_training_batches % every_batches):
+        raise MisconfigurationException(
+            f"stage {stage.name!r}: until='overfit' judges by a validation at the end of every epoch; the Trainer has "
+            f"check_val_every_n_epoch={every_epochs} and validates every {every_batches} of "
+            f"{trainer.num_training_batches} batches (val_check_interval)"
+        )

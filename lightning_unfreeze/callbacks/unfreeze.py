@@ -14,11 +14,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BaseFinetuning, LearningRateFinder, StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from rich.console import Console
 from torch import nn
 
 from lightning_unfreeze.callbacks.base import StageCallback, StageRun, players
-from lightning_unfreeze.distributed import gather_objects, rebuild_ddp, refuse_untested_strategy
+from lightning_unfreeze.distributed import broadcast_buffers, gather_objects, rebuild_ddp, refuse_untested_strategy
 from lightning_unfreeze.layer_groups import (
     LayerGroup,
     frozen_modules,
@@ -27,7 +26,7 @@ from lightning_unfreeze.layer_groups import (
     select,
     split_param_groups,
 )
-from lightning_unfreeze.reporting import plot_stages, report_dir, save_figure, table_of, write_csv
+from lightning_unfreeze.reporting import plot_stages, report_dir, save_figure, show, table_of, write_csv
 from lightning_unfreeze.seeding import rng_state, seed_all, set_rng_state
 from lightning_unfreeze.stages import Stage, check_plan, plan_epochs
 
@@ -336,6 +335,7 @@ class GradualUnfreeze(StageCallback):
         run = self.run
         if run is None:
             return
+        broadcast_buffers(trainer)
         self._end(trainer, pl_module, run)
         next_epoch = trainer.current_epoch + 1 if next_epoch is None else next_epoch
         self._close_row(trainer, run, next_epoch)
@@ -404,7 +404,7 @@ class GradualUnfreeze(StageCallback):
         best = f"best_{self._metric_name(trainer)}"
         rows = [{**{k: row[k] for k in ("stage", "epochs", "seconds")}, best: row["_best"]} for row in self._rows]
         if trainer.progress_bar_callback is not None:
-            Console().print(table_of(rows, title="stages"))
+            show(table_of(rows, title="stages"))
         folder = report_dir(trainer)
         if folder is None:
             return

@@ -373,12 +373,12 @@ class AccuracyVerdict:
 def accuracy_verdict(differences: ArrayLike, margin: float) -> AccuracyVerdict:
     """Apply the rules to the paired accuracy differences (points) of one arm to the reference.
 
-    ==========  ==========================================================================
+    ==========  ============================================================================
     upheld      the 90 % interval lies inside the margin (two one-sided tests at 5 %)
     small       the same, and the 95 % interval excludes zero: real, but below the margin
-    refuted     the 95 % interval excludes zero and the mean is at least half the margin
+    refuted     the 95 % interval excludes zero (which puts the mean at half the margin or more)
     undecided   everything else; "not significant" is never "no difference"
-    ==========  ==========================================================================
+    ==========  ============================================================================
 
     Equivalence comes first: a difference shown to be below what the user called negligible refutes nothing.
 
@@ -398,7 +398,8 @@ def accuracy_verdict(differences: ArrayLike, margin: float) -> AccuracyVerdict:
     outcome: Outcome = "undecided"
     if equivalence.within(margin):
         outcome = "small" if interval.excludes_zero() else "upheld"
-    elif interval.excludes_zero() and abs(interval.mean) >= margin / 2:
+    elif interval.excludes_zero():
+        # Here |mean| >= margin / 2 holds by itself: off zero and below that, the interval would lie inside the margin.
         outcome = "refuted+" if interval.mean > 0 else "refuted-"
     return AccuracyVerdict(outcome, interval, equivalence, sd, len(d), margin)
 

@@ -14,7 +14,6 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torchvision
-from conftest import SmallNet, UserModule, loader, quiet_trainer, random_images, same_weights, weights_of
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
@@ -33,9 +32,9 @@ from torch.utils.data import IterableDataset
 from lightning_unfreeze.callbacks.base import StageCallback
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.stages import Stage
+from tests.conftest import SmallNet, UserModule, loader, quiet_trainer, random_images, same_weights, weights_of
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),  # torch 2.15 about Lightning 2.6
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
 ]
 
@@ -425,7 +424,13 @@ class UsesLBFGS(UserModule):
         (NoOptimizer(), HEAD_THEN_ALL, [], {}, ["_MockOptimizer has none", "one torch optimizer"]),
         (UsesLBFGS(), HEAD_THEN_ALL, [], {}, ["LBFGS", "AdamW"]),
         (Manual(), HEAD_THEN_ALL, [], {}, ["automatic_optimization=False"]),
-        (None, [Stage("a", "head", 1, precompute=True)], [], {}, ["'a'", "precompute=True", "add PrecomputeFeatures()"]),
+        (
+            None,
+            [Stage("a", "head", 1, precompute=True)],
+            [],
+            {},
+            ["'a'", "precompute=True", "add PrecomputeFeatures()"],
+        ),
         (None, [Stage("a", epochs=1, lr="find")], [], {}, ["lr='find'", "add LRFinderPerStage()"]),
         (None, [Stage("a", cycle_len=1)], [], {}, ["cycle_len=1", "add CosineRestarts()"]),
         (None, [Stage("a", cycle_len=1, lr="find")], [LRFinderPerStage()], {}, ["add CosineRestarts()"]),
@@ -497,7 +502,9 @@ def test_unfreeze__refuses_a_trainer_of_the_other_package() -> None:
 
 
 def state_of(module: nn.Module) -> Any:
-    return {n: p.requires_grad for n, p in module.named_parameters()}, {n: m.training for n, m in module.named_modules()}
+    return {n: p.requires_grad for n, p in module.named_parameters()}, {
+        n: m.training for n, m in module.named_modules()
+    }
 
 
 def test_unfreeze__evaluation_after_fit_leaves_the_module_alone() -> None:
@@ -711,7 +718,9 @@ def test_unfreeze__summary_survives_a_metric_that_appears_late(tmp_path: Any) ->
             self.log("val_loss", 0.25)
 
     trainer = quiet_trainer(
-        [GradualUnfreeze(HEAD_THEN_ALL), ModelCheckpoint(tmp_path)], enable_checkpointing=True, check_val_every_n_epoch=2
+        [GradualUnfreeze(HEAD_THEN_ALL), ModelCheckpoint(tmp_path)],
+        enable_checkpointing=True,
+        check_val_every_n_epoch=2,
     )
     trainer.fit(OnlyLoss(SmallNet()), loader(), loader())
     with open(tmp_path / "stages.csv") as file:
@@ -736,5 +745,5 @@ def test_unfreeze__a_strategy_that_shards_is_refused_in_setup(monkeypatch: pytes
     trainer = quiet_trainer([GradualUnfreeze(HEAD_THEN_ALL)])
     sharded = SimpleNamespace(lightning_module=None)
     monkeypatch.setattr(type(trainer), "strategy", sharded)
-    with pytest.raises(NotImplementedError, match="SimpleNamespace.*'ddp'"):
+    with pytest.raises(NotImplementedError, match=r"SimpleNamespace.*'ddp'"):
         trainer.callbacks[0].setup(trainer, user_module(), "fit")

@@ -321,13 +321,10 @@ def test_accuracy_verdict__rules(mean: float, half: float, outcome: str) -> None
     assert (verdict.interval.low, verdict.interval.high) == pytest.approx((mean - half, mean + half))
 
 
-def test_accuracy_verdict__a_difference_below_half_the_margin_refutes_nothing() -> None:
-    # 95 % interval [.05, 2.05] excludes zero, 90 % reaches beyond 3: undecided for margin 3, refuted for margin 2
-    d = _with_interval(1.4, 1.35, n=3)
-    assert s.accuracy_verdict(d, margin=2.0).outcome == "refuted+"
-    assert s.accuracy_verdict(d, margin=2.25).outcome == "refuted+"
-    wide = np.concatenate([d, d, d])
-    assert s.accuracy_verdict(wide, margin=3.0).outcome == "small"
+@given(POINTS, st.sampled_from([0.5, 1.0, 2.0]))
+def test_accuracy_verdict__a_mean_below_half_the_margin_refutes_nothing(d: list[float], margin: float) -> None:
+    if abs(np.mean(d)) < margin / 2:
+        assert not s.accuracy_verdict(d, margin).outcome.startswith("refuted")
 
 
 def test_accuracy_verdict__seeds_needed_covers_both_questions() -> None:

@@ -1,0 +1,608 @@
+"""The range test against a plain PyTorch loop, and runs with it against runs without it, bit by bit."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities import CombinedLoader
+from matplotlib.image import imread
+from tests.conftest import SmallNet, UserModule, loader, quiet_trainer, random_images, same_weights, weights_of
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage, RangeTest
+from lightning_unfreeze.callbacks.restarts import CosineRestarts
+from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
+from lightning_unfreeze.loaders import EpochSampler, KeyedDataset, ResumableLoader
+from lightning_unfreeze.seeding import rng_state
+from lightning_unfreeze.stages import Stage
+
+REPO = Path(__file__).parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+
+
+class Everything(UserModule):
+    """A step with all that a range test could disturb: random numbers of three kinds, a metric, a growing list."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.metric = MulticlassAccuracy(3)
+        self.seen: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images, targets = batch
+        images = images * (1 + 0.1 * np.random.rand()) + 0.1 * random.random() + 0.1 * torch.randn_like(images)
+        logits = self.net(images)
+        loss = nn.functional.cross_entropy(logits.float(), targets)
+        self.metric(logits.float(), targets)
+        self.seen.append(float(loss.detach()))
+        self.log("train_loss", loss)
+        self.log("train_acc", self.metric)
+        return loss
+
+
+class Learnable(pl.LightningModule):
+    """A smooth problem in one batch: its curve has a signal, and no step depends on a random number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return nn.functional.cross_entropy(self.head(torch.tanh(self.backbone(x))), y)
+
+    validation_step = training_step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+
+
+def blobs() -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.arange(30) % 3
+    x = torch.randn(30, 8, generator=generator) + 2 * nn.functional.one_hot(targets, 8)
+    return DataLoader(TensorDataset(x, targets), batch_size=30)
+
+
+class Scripted(pl.LightningModule):
+    """Gives the losses of a script."""
+
+    def __init__(self, script: list[float | None]) -> None:
+        super().__init__()
+        self.backbone, self.head = nn.Linear(1, 1), nn.Linear(1, 1)
+        self.script, self.step = script, 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        value = self.script[self.step % len(self.script)]
+        self.step += 1
+        return None if value is None else self.head(self.backbone(batch[0])).sum() * 0 + value
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def numbers(num: int = 6) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(torch.arange(float(num))[:, None]), batch_size=2)
+
+
+class Final(Callback):
+    """All that a range test must leave as it was, at the end of the fit."""
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        optimizer = trainer.optimizers[0]
+        self.state = {
+            "weights": weights_of(pl_module),
+            "optimizer": [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]],
+            "rates": [group["lr"] for group in optimizer.param_groups],
+            "random": rng_state(),
+            "scaler": trainer.precision_plugin.state_dict(),
+            "metrics": dict(trainer.callback_metrics),
+            "seen": list(getattr(pl_module, "seen", [])),
+            "metric": pl_module.metric.metric_state,
+            "step": trainer.global_step,
+        }
+
+
+def differences(left: Any, right: Any, path: str = "") -> list[str]:
+    if isinstance(left, dict):
+        assert left.keys() == right.keys(), path
+        return [found for key in left for found in differences(left[key], right[key], f"{path}.{key}")]
+    if isinstance(left, list | tuple):
+        assert len(left) == len(right), path
+        pairs = enumerate(zip(left, right, strict=True))
+        return [found for index, (a, b) in pairs for found in differences(a, b, f"{path}.{index}")]
+    equal = torch.equal(left, right) if isinstance(left, Tensor) else left == right
+    return [] if equal else [path]
+
+
+def half_precision() -> MixedPrecision:
+    return MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=2))
+
+
+def plain_loader() -> DataLoader[Any]:
+    return loader(shuffle=True)
+
+
+def own_generator_loader() -> DataLoader[Any]:
+    return loader(shuffle=True, generator=torch.Generator().manual_seed(5))
+
+
+def worker_loader() -> DataLoader[Any]:
+    return loader(shuffle=True, num_workers=1, persistent_workers=True)
+
+
+def resumable_loader() -> DataLoader[Any]:
+    data = KeyedDataset(random_images())
+    return ResumableLoader(data, batch_size=8, sampler=EpochSampler(data, seed=3))
+
+
+@pytest.mark.parametrize(
+    ("make_loader", "optimizer", "options"),
+    [
+        pytest.param(plain_loader, "adamw", {}, id="plain"),
+        pytest.param(own_generator_loader, "sgd", {"gradient_clip_val": 0.1}, id="own_generator-sgd-clipping"),
+        pytest.param(resumable_loader, "adamw", {"accumulate_grad_batches": 2}, id="resumable-accumulate"),
+        pytest.param(worker_loader, "adamw", {"accumulate_grad_batches": 3}, id="workers-accumulate"),
+        pytest.param(plain_loader, "adamw", {"precision": "bf16-mixed"}, id="bf16"),
+        pytest.param(plain_loader, "sgd", {"plugins": half_precision}, id="fp16-scaler"),
+    ],
+)
+@pytest.mark.parametrize("planned", [True, False])
+def test_finder__a_run_with_it_is_bitwise_the_run_without_it(
+    make_loader: Any, optimizer: str, options: dict[str, Any], planned: bool
+) -> None:
+    states = []
+    for find in (False, True):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+        finder, final = LRFinderPerStage(num_steps=20, apply=False), Final()
+        lr: Any = "find" if find else None
+        plan = [Stage("head", train="head", epochs=1, lr=lr), Stage("full", epochs=2, lr=lr, lr_mult=1 / 3)]
+        callbacks: list[Callback] = [*([GradualUnfreeze(plan)] if planned else []), *([finder] if find else []), final]
+        given = {key: value() if callable(value) else value for key, value in options.items()}
+        # the rates are the stage's in both, also where no callback sets them
+        callbacks.append(CosineRestarts(cycle_len=1))
+        trainer = quiet_trainer(callbacks, max_epochs=3, **given)
+        with pytest.warns(UserWarning) if find else _no_warning():
+            trainer.fit(Everything(optimizer=optimizer), make_loader(), loader())
+        states.append(final.state)
+        if find:
+            assert {len(result.lrs) for result in finder.results.values()} == {20}
+            assert list(finder.results) == (["head", "full"] if planned else ["fit"])
+    assert len(states[0]["seen"]) == 9
+    assert differences(*states) == []
+
+
+def _no_warning() -> Any:
+    import contextlib
+
+    return contextlib.nullcontext()
+
+
+# --- the curve
+
+
+def plain_range_test(
+    module: UserModule, head_only: bool, batches: list[Any], accumulate: int, num_steps: int, clip: float | None
+) -> list[float]:
+    """A range test as one would write it in a notebook."""
+    net = copy.deepcopy(module.net)
+    ratios = {"head": 1.0, "backbone.1": 1 / 3, "backbone.0": 1 / 9}
+    groups = []
+    for name, parameter in net.named_parameters():
+        (ratio,) = (ratio for prefix, ratio in ratios.items() if name.startswith(prefix))
+        if head_only and not name.startswith("head"):
+            parameter.requires_grad_(False)
+            continue
+        groups.append({"params": [parameter], "ratio": ratio, "weight_decay": 0.05 if parameter.ndim > 1 else 0.0})
+    if head_only:
+        net.backbone.eval()
+    optimizer = torch.optim.AdamW(groups, lr=0.0)
+    losses, position = [], 0
+    for step in range(num_steps):
+        rate = 1e-5 * (0.5 / 1e-5) ** (step / (num_steps - 1))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["ratio"]
+        optimizer.zero_grad()
+        total = 0.0
+        for _ in range(accumulate):
+            x, y = batches[position % len(batches)]
+            position += 1
+            loss = nn.functional.cross_entropy(net(x), y)
+            (loss / accumulate).backward()
+            total += loss.item() / accumulate
+        if clip:
+            nn.utils.clip_grad_norm_([p for p in net.parameters() if p.grad is not None], clip)
+        optimizer.step()
+        losses.append(total)
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("train", "accumulate", "limit", "clip"), [("all", 1, 1.0, None), ("all", 2, 1.0, 0.01), ("head", 3, 2, None)]
+)
+def test_finder__its_curve_is_that_of_a_plain_loop(
+    train: Any, accumulate: int, limit: float, clip: float | None
+) -> None:
+    torch.manual_seed(0)
+    net = SmallNet()
+    for module in net.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    user, finder = UserModule(net), LRFinderPerStage(1e-5, 0.5, num_steps=20, apply=False)
+    given = quiet_trainer(
+        [GradualUnfreeze([Stage("s", train=train, epochs=1, lr="find", lr_mult=1 / 3)]), finder],
+        accumulate_grad_batches=accumulate,
+        limit_train_batches=limit,
+        gradient_clip_val=clip,
+    )
+    batches = list(loader())[: limit if isinstance(limit, int) else None]
+    expected = plain_range_test(user, train == "head", batches, accumulate, 20, clip)
+    with pytest.warns(UserWarning, match="no signal"):
+        given.fit(user, loader())
+    result = finder.results["s"]
+    assert result.losses == pytest.approx(expected, rel=1e-5)
+    assert result.lrs == pytest.approx([1e-5 * 50_000 ** (step / 19) for step in range(20)], rel=1e-9)
+
+
+def test_finder__several_loaders_are_combined_as_in_training() -> None:
+    seen: list[Any] = []
+
+    class Two(UserModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            seen.append({key: part[1].tolist() for key, part in batch.items()})
+            return super().training_step(batch["left"], batch_idx)
+
+    finder = LRFinderPerStage(num_steps=20, apply=False)
+    loaders = {"left": loader(), "right": loader(random_images(16, seed=1))}
+    with pytest.warns(UserWarning, match="no signal"):
+        quiet_trainer([finder], max_epochs=1).fit(Two(), CombinedLoader(loaders, "min_size"))
+    trained = seen[20:]
+    assert len(trained) == 2  # the shorter loader's
+    assert seen[:20] == trained * 10
+
+
+@pytest.mark.parametrize(
+    ("script", "points"),
+    [
+        ([2.0] * 20 + [1e6] * 80, 21),
+        ([2.0] * 14 + [math.inf] + [2.0] * 85, 15),
+        ([2.0] * 3 + [math.nan] + [2.0] * 96, 4),
+        ([-0.5 * step for step in range(100)], 100),  # a multiple of the best would stop at the second point
+        ([-3.0] * 30 + [-2.9] * 70, 100),
+        ([1e-3] + [0.5] * 99, 100),  # one easy batch first is no measure of the others
+        ([2.0] * 30 + [5.0] * 70, 100),  # a plateau is no divergence
+    ],
+)
+def test_finder__stops_where_the_loss_diverges_and_not_before(script: list[float | None], points: int) -> None:
+    finder = LRFinderPerStage(apply=False)
+    module = Scripted(script)
+    trainer = quiet_trainer([finder], max_epochs=1, limit_train_batches=1)
+    trainer.fit_loop.epoch_loop  # noqa: B018
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of no signal, in most of them
+        trainer.fit(module, numbers())
+    result = finder.results["fit"]
+    assert len(result.losses) == len(result.lrs) == points
+    assert module.step == 1
+    np.testing.assert_allclose(result.losses, script[:points])
+    suggested = result.suggestion
+    assert suggested is None or math.isfinite(suggested)
+
+
+def test_finder__leaves_out_steps_without_a_loss() -> None:
+    finder = LRFinderPerStage(1e-4, 1.0, num_steps=21, apply=False)
+    with pytest.warns(UserWarning, match="no signal"):
+        quiet_trainer([finder], max_epochs=1).fit(Scripted([2.0, None]), numbers())
+    result = finder.results["fit"]
+    assert result.losses == [2.0] * 11
+    assert result.lrs == pytest.approx([1e-4 * 10 ** (0.4 * step) for step in range(11)])
+    with pytest.raises(MisconfigurationException, match="returned no loss"):
+        quiet_trainer([finder], max_epochs=1).fit(Scripted([None]), numbers())
+
+
+def test_range_test__rules_read_the_smoothed_curve_without_its_ends() -> None:
+    lrs = [10 ** (-5 + 0.1 * step) for step in range(40)]
+    dip = [2 - math.exp(-((step - 25) ** 2) / 40) for step in range(40)]
+    dip[1], dip[38] = -9.0, -9.0  # in the first tenth and in the last five: read by no rule as the lowest
+    flat = RangeTest(lrs, [2.0] * 40, "valley")
+    assert flat.suggestion is None
+    curve = RangeTest(lrs, dip, "minimum/10")
+    average, smoothed = 0.0, []
+    for step, loss in enumerate(dip):
+        average = 0.98 * average + 0.02 * loss
+        smoothed.append(average / (1 - 0.98 ** (step + 1)))
+    assert curve.smoothed == pytest.approx(smoothed)
+    lowest = min(range(4, 35), key=smoothed.__getitem__)
+    found = curve.suggestion
+    assert found is None or found == pytest.approx(lrs[lowest] / 10)
+    clean = RangeTest(lrs, [2 - step / 40 for step in range(40)], "minimum/10")
+    assert clean.suggestion == pytest.approx(lrs[34] / 10)
+    assert [row["lr"] for row in clean.rows()] == lrs
+
+
+# --- what is done with the result
+
+
+def test_finder__sets_the_peak_of_every_group_in_its_ratio() -> None:
+    finder = LRFinderPerStage(1e-4, 10.0, num_steps=60, method="minimum/10")
+    trainer = quiet_trainer([GradualUnfreeze([Stage("full", epochs=1, lr="find", lr_mult=0.25)]), finder])
+    torch.manual_seed(0)
+    trainer.fit(Learnable(), blobs())
+    found = finder.results["full"].suggestion
+    assert found is not None
+    rates = {group["layer_group"]: (group["peak_lr"], group["lr"]) for group in trainer.optimizers[0].param_groups}
+    assert rates["head"] == pytest.approx((found, found))
+    assert rates["backbone"] == pytest.approx((found / 4, found / 4))
+
+
+def test_finder__works_alone_and_keeps_the_users_ratios() -> None:
+    class TwoRates(Learnable):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            groups = [
+                {"params": self.backbone.parameters(), "lr": 1e-3},
+                {"params": self.head.parameters(), "lr": 5e-3},
+            ]
+            return torch.optim.SGD(groups)
+
+    torch.manual_seed(0)
+    finder = LRFinderPerStage(1e-4, 10.0, num_steps=60)
+    trainer = quiet_trainer([finder], max_epochs=1)
+    trainer.fit(TwoRates(), blobs())
+    found = finder.results["fit"].suggestion
+    assert found is not None
+    assert [group["lr"] for group in trainer.optimizers[0].param_groups] == pytest.approx([found / 5, found])
+
+
+def test_finder__without_a_signal_keeps_the_rates_or_stops() -> None:
+    keep = LRFinderPerStage(num_steps=40)
+    trainer = quiet_trainer([keep], max_epochs=1)
+    with pytest.warns(UserWarning, match=r"stage 'fit': no signal .* from 1e-06 to 1;.*give the stage an lr"):
+        trainer.fit(Scripted([2.0]), numbers())
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.01
+    with pytest.raises(MisconfigurationException, match="no signal"):
+        quiet_trainer([LRFinderPerStage(num_steps=40, on_no_signal="error")], max_epochs=1).fit(
+            Scripted([2.0]), numbers()
+        )
+
+
+def test_finder__only_stages_that_ask_are_searched() -> None:
+    finder = LRFinderPerStage(1e-4, 10.0, num_steps=60)
+    plan = [Stage("head", train="head", epochs=1, lr=0.1), Stage("full", epochs=1, lr="find")]
+    trainer = quiet_trainer([GradualUnfreeze(plan), finder])
+    trainer.fit(Learnable(), blobs())
+    assert list(finder.results) == ["full"]
+
+
+def test_finder__a_second_fit_searches_anew() -> None:
+    finder = LRFinderPerStage(num_steps=20, apply=False)
+    for level in (2.0, 3.0):
+        with pytest.warns(UserWarning, match="no signal"):
+            quiet_trainer([finder], max_epochs=1).fit(Scripted([level]), numbers())
+        assert finder.results["fit"].losses == [level] * 20
+
+
+@pytest.mark.parametrize("save_at", [0, 1])
+def test_finder__a_resumed_run_takes_the_result_from_the_checkpoint(
+    tmp_path: Path, save_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saved at the end of the first stage, and inside the second."""
+    plan = [Stage("head", train="head", epochs=1, lr="find"), Stage("full", epochs=2, lr="find", lr_mult=1 / 3)]
+
+    def run(ckpt_path: Path | None = None) -> tuple[Any, LRFinderPerStage]:
+        torch.manual_seed(0)
+        finder, module = LRFinderPerStage(1e-4, 10.0, num_steps=60), Learnable()
+        saving = ModelCheckpoint(tmp_path / "checkpoints", filename="{epoch}", save_top_k=-1)
+        trainer = quiet_trainer([GradualUnfreeze(plan), finder, saving], enable_checkpointing=True)
+        trainer.fit(module, blobs(), ckpt_path=ckpt_path)
+        return weights_of(module), finder
+
+    whole, first = run()
+    searched: list[str] = []
+    search = LRFinderPerStage.range_test
+    monkeypatch.setattr(
+        LRFinderPerStage,
+        "range_test",
+        lambda self, trainer, module, name: searched.append(name) or search(self, trainer, module, name),
+    )
+    resumed, second = run(tmp_path / "checkpoints" / f"epoch={save_at}.ckpt")
+    assert searched == (["full"] if save_at == 0 else [])
+    assert second.results == first.results
+    assert same_weights(whole, resumed) == []
+
+
+# --- what it leaves
+
+
+def test_finder__writes_its_curve_and_logs_the_suggestion_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[dict[str, float]] = []
+    logger = CSVLogger(tmp_path)
+    monkeypatch.setattr(logger, "log_metrics", lambda metrics, step=None: logged.append(metrics))
+    finder = LRFinderPerStage(1e-4, 10.0, num_steps=60)
+    trainer = quiet_trainer([finder], max_epochs=1, logger=logger, limit_val_batches=0, log_every_n_steps=1)
+    trainer.fit(Learnable(), blobs())
+    result = finder.results["fit"]
+    assert logged == [{"lr_find/fit": result.suggestion}]
+    (table,) = tmp_path.rglob("lr_find_fit.csv")
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["lr"]) for row in rows] == result.lrs
+    assert [float(row["loss"]) for row in rows] == result.losses
+    assert imread(table.with_suffix(".png")).std() > 0.05
+    names = [text.get_text() for text in result.plot().axes[0].get_legend().get_texts()]
+    assert f"valley: {result.suggestion:.2g} (chosen)" in names
+
+
+def test_finder__writes_nothing_where_the_run_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    finder = LRFinderPerStage(1e-4, 10.0, num_steps=20, apply=False)
+    quiet_trainer([finder], max_epochs=1).fit(Learnable(), blobs())
+    assert len(finder.results["fit"].losses) == 20
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_finder__an_error_in_the_users_step_leaves_no_trace(tmp_path: Path) -> None:
+    class Fails(Everything):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if len(self.seen) == 5:
+                raise RuntimeError("from the user's step")
+            return super().training_step(batch, batch_idx)
+
+    module, finder = Fails(), LRFinderPerStage(num_steps=20)
+    before, metric = weights_of(module), copy.deepcopy(module.metric.metric_state)
+    trainer = quiet_trainer([finder], max_epochs=1, logger=CSVLogger(tmp_path))
+    callbacks = list(trainer.callbacks)
+    with pytest.raises(RuntimeError, match="from the user's step"):
+        trainer.fit(module, loader())
+    assert same_weights(before, weights_of(module)) == []
+    assert trainer.callbacks == callbacks
+    assert module.seen == [] and "log" not in vars(module)
+    assert differences(metric, module.metric.metric_state) == []
+    assert all(parameter.grad is None for parameter in module.parameters())
+    assert trainer.optimizers[0].state == {}
+    assert [path for path in tmp_path.rglob("lr_find*")] == []
+
+
+def test_finder__shows_a_bar_where_the_trainer_shows_one(capsys: pytest.CaptureFixture[str]) -> None:
+    finder = LRFinderPerStage(num_steps=20, apply=False, min_lr=1e-4, max_lr=10)
+    trainer = quiet_trainer([finder, TQDMProgressBar()], max_epochs=1, enable_progress_bar=True)
+    trainer.fit(Learnable(), blobs())
+    assert "range test of stage 'fit'" in capsys.readouterr().err
+    quiet_trainer([finder], max_epochs=1).fit(Learnable(), blobs())
+    assert "range test" not in capsys.readouterr().err
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_lr": 0.0}, "min_lr=0.0"),
+        ({"min_lr": 1.0, "max_lr": 0.1}, "0 < min_lr < max_lr"),
+        ({"max_lr": math.inf}, "finite"),
+        ({"num_steps": 19}, "num_steps=19"),
+        ({"method": "best"}, "method='best'"),
+        ({"on_no_signal": "stop"}, "on_no_signal='stop'"),
+    ],
+)
+def test_finder__refuses_impossible_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LRFinderPerStage(**options)
+
+
+def test_finder__refuses_optimizers_that_it_cannot_drive() -> None:
+    class Two(Learnable):
+        automatic_optimization = False
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.backbone, self.head)]
+
+    class Searches(Learnable):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.LBFGS(self.parameters())
+
+    with pytest.raises(MisconfigurationException, match="this has 2 and automatic_optimization=False"):
+        quiet_trainer([LRFinderPerStage()], max_epochs=1).fit(Two(), blobs())
+    with pytest.raises(MisconfigurationException, match="LBFGS"):
+        quiet_trainer([LRFinderPerStage()], max_epochs=1).fit(Searches(), blobs())
+
+
+def test_finder__refuses_data_without_a_batch() -> None:
+    class Empty(torch.utils.data.IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter(())
+
+    with pytest.raises(MisconfigurationException, match="gives no batch"):
+        quiet_trainer([LRFinderPerStage()], max_epochs=1).fit(Scripted([1.0]), DataLoader(Empty()))
+
+
+# --- several processes
+
+_RANKS = """
+import json, sys, warnings
+import torch
+torch.set_num_threads(1)
+warnings.simplefilter("ignore")
+from tests.callbacks.test_lr_finder import *
+
+find, broken, accumulate, folder = sys.argv[1] == "1", int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+local = []
+
+class Ranked(Everything):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        local.append(loss.item())
+        return loss * float("nan") if self.global_rank == 1 and len(local) == broken else loss
+
+class Report(Callback):
+    def on_train_end(self, trainer, module):
+        hashes = {name: value.double().sum().item() for name, value in weights_of(module).items()}
+        finder = [c for c in trainer.callbacks if isinstance(c, LRFinderPerStage)]
+        curve = finder[0].results["full"].losses if finder else None
+        torch.save(weights_of(module), folder / f"{trainer.global_rank}.pt")
+        (folder / f"{trainer.global_rank}.json").write_text(json.dumps({"curve": curve, "local": local}))
+
+torch.manual_seed(0)
+lr = "find" if find else None
+plan = [Stage("head", train="head", epochs=1), Stage("full", epochs=2, lr=lr, lr_mult=1 / 3)]
+callbacks = [GradualUnfreeze(plan), CosineRestarts(), *([LRFinderPerStage(num_steps=20, apply=False)] if find else [])]
+trainer = quiet_trainer([*callbacks, Report()], devices=2, strategy="ddp_fork", accumulate_grad_batches=accumulate,
+                        logger=CSVLogger(folder))
+trainer.fit(Ranked(), loader(random_images(32), batch_size=4, shuffle=True), loader())
+"""
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_finder__two_ranks_make_one_curve_and_leave_no_trace(tmp_path: Path, accumulate: int) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(_RANKS)
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    plain_steps = 4 * 1  # micro-batches of each rank in the first stage, before the range test
+    cases = {"without": (0, 0), "with": (1, 0), "broken": (1, plain_steps + 10 * accumulate)}
+    told: dict[str, list[Any]] = {}
+    for name, (find, broken) in cases.items():
+        if name == "broken" and accumulate == 2:
+            continue
+        folder = tmp_path / name
+        folder.mkdir()
+        command = [sys.executable, str(script), str(find), str(broken), str(accumulate), str(folder)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+        told[name] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+    for rank in range(2):
+        left, right = (torch.load(tmp_path / name / f"{rank}.pt") for name in ("without", "with"))
+        assert same_weights(left, right) == []
+    curves = [rank["curve"] for rank in told["with"]]
+    tested = [rank["local"][plain_steps : plain_steps + 20 * accumulate] for rank in told["with"]]
+    means = np.array(tested).mean(0).reshape(20, accumulate).mean(1)
+    assert curves[0] == curves[1] == pytest.approx(means.tolist(), rel=1e-6)
+    assert tested[0] != tested[1]
+    if "broken" in told:
+        assert [len(rank["curve"]) for rank in told["broken"]] == [10, 10]  # though only rank 1 saw the NaN

@@ -1,0 +1,124 @@
+"""The import arrows of the package, and what no module does."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "lightning_unfreeze"
+FILES = sorted(PACKAGE.rglob("*.py"))
+OURS = "lightning_unfreeze"
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join([OURS, *(part for part in parts if part != "__init__")])
+
+
+MODULES = {name_of(path): path for path in FILES}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Full names of what a file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = name_of(path).split(".")
+                keep = len(parents) - node.level + (path.name == "__init__.py")
+                base = ".".join([*parents[:keep], *([base] if base else [])])
+            found.add(base)
+            found |= {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+def ours_in(path: Path) -> set[str]:
+    """Our modules that a file imports (a name inside a module counts as the module)."""
+    return {name for name in imports_of(path) if name in MODULES and name != OURS}
+
+
+def outer(path: Path) -> set[str]:
+    """Top-level packages that a file imports, but for ours and the standard library."""
+    tops = {name.split(".")[0] for name in imports_of(path)}
+    return tops - set(sys.stdlib_module_names) - {OURS}
+
+
+def at(name: str) -> Path:
+    return MODULES[f"{OURS}.{name}"]
+
+
+def test_imports__are_read_as_written(tmp_path: Path) -> None:
+    assert imports_of(at("callbacks.unfreeze")) >= {"torch", "lightning.pytorch", f"{OURS}.stages.Stage"}
+    assert f"{OURS}.callbacks.base" in ours_in(at("callbacks.unfreeze"))
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [
+        ("stages", set()),
+        ("schedules", {"numpy"}),
+        ("study.statistics", {"numpy", "scipy", "statsmodels", "pandas"}),
+        ("seeding", {"numpy", "torch"}),
+    ],
+)
+def test_pure_modules__import_nothing_of_ours_and_little_else(name: str, allowed: set[str]) -> None:
+    assert ours_in(at(name)) == set()
+    assert outer(at(name)) <= allowed
+
+
+def test_feature_store__imports_nothing_of_lightning() -> None:
+    assert "lightning" not in outer(at("feature_store"))
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "callbacks").glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_callbacks__import_no_sibling_and_nothing_above(path: Path) -> None:
+    ours = ours_in(path)
+    siblings = {name for name in ours if name.startswith(f"{OURS}.callbacks.")}
+    assert siblings <= {f"{OURS}.callbacks.base"}
+    above = ("module", "data", "cli", "plan", "study")
+    assert {name for name in ours if name.split(".")[1] in above} == set()
+
+
+def test_rest__does_not_know_who_is_above() -> None:
+    above = {f"{OURS}.{name}" for name in ("cli", "study", "__main__")}
+    for name, path in MODULES.items():
+        part = name.removeprefix(f"{OURS}.").split(".")[0]
+        if part in ("cli", "__main__", "study") or name == OURS:
+            continue
+        assert {other for other in ours_in(path) if any(other.startswith(top) for top in above)} == set(), name
+        if not name.startswith(f"{OURS}.callbacks") and part not in ("plan", "recipe"):
+            assert {other for other in ours_in(path) if other.startswith(f"{OURS}.callbacks.")} == set(), name
+
+
+def test_imports__have_no_cycle() -> None:
+    # the package's door is imported by nobody inside
+    arrows = {name: ours_in(path) - {name} for name, path in MODULES.items()}
+    done: set[str] = set()
+    while len(done) < len(arrows):
+        free = {name for name, to in arrows.items() if name not in done and to <= done | {name}}
+        assert free, f"a cycle among {sorted(set(arrows) - done)}"
+        done |= free
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_package__never_prints_nor_validates_by_assert(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        where = f"{path.name}:{getattr(node, 'lineno', 0)}"
+        assert not isinstance(node, ast.Assert), where
+        if path.name != "cli.py" and isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "print", where
+
+
+def test_package__has_no_drawer_for_odds_and_ends() -> None:
+    assert {path.stem for path in FILES} & {"utils", "helpers", "common", "misc"} == set()
+
+
+def test_package__uses_no_global_state_of_matplotlib() -> None:
+    for path in FILES:
+        assert "matplotlib.pyplot" not in imports_of(path), path

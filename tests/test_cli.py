@@ -1,0 +1,232 @@
+"""The command line: every config runs, every mistake is one line that says what to do."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from lightning_unfreeze.cli import main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*smaller than the logging interval", "ignore:.*tensorboardX.*", "ignore:Checkpoint directory .* exists"
+)
+
+
+def photos(folder: Path, classes: tuple[str, ...] = ("ants", "bees"), num: int = 6) -> Path:
+    """A folder of small JPEGs: `train/` and `val/`, one shade per class."""
+    for split in ("train", "val"):
+        for label, name in enumerate(classes):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(num if split == "train" else 2):
+                shade = (60 + 90 * label, 20 * i, 100)
+                Image.new("RGB", (40, 36), shade).save(folder / split / name / f"{i}.jpg")
+    return folder
+
+
+def own_photos_arguments(folder: Path) -> list[str]:
+    return [
+        f"--data.root={folder}",
+        "--data.batch_size=4",
+        "--data.num_workers=0",
+        "--data.image_size_px=32",
+        "--model.num_classes=2",
+        "--model.backbone=test_resnet",
+        "--model.pretrained=false",
+    ]
+
+
+TINY = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*no signal:UserWarning", "ignore:.*without stored features:UserWarning")
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "quickstart"))
+def test_config__is_complete_and_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["fit", "--config", str(CONFIGS / f"{name}.yaml"), *own_photos_arguments(photos(tmp_path / "photos"))]
+    if name == "ddp":  # processes are `test_distributed`'s matter
+        arguments += ["--trainer.devices=1", "--trainer.strategy=auto"]
+    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    callbacks = config["trainer"]["callbacks"]
+    stages = callbacks[0]["init_args"]["stages"]
+    for stage in stages:
+        if "cycle_len" in stage:
+            stage["num_cycles"], stage["cycle_len"] = (2, 1) if "until" in stage else (1, 1)
+        else:
+            stage["epochs"] = 1
+    for callback in callbacks:
+        if callback["class_path"] == "LRFinderPerStage":
+            callback["init_args"] = {"num_steps": 20}
+    config["seed_everything"] = 0
+    shorter = tmp_path / "shorter.yaml"
+    shorter.write_text(yaml.safe_dump(config))
+    arguments[2] = str(shorter)
+    main([*arguments, *TINY])
+    (table,) = Path("runs").rglob("stages.csv")
+    rows = list(csv.DictReader(table.open()))
+    assert [row["stage"] for row in rows] == [stage["name"] for stage in stages]
+    assert (table.parent / "stages.png").stat().st_size > 5000
+    assert (table.parent / "last.ckpt").is_file()
+
+
+QUICK = ["--config", str(CONFIGS / "quickstart.yaml"), "--trainer.logger=false", "--trainer.enable_checkpointing=false"]
+
+
+def stages_argument(*stages: dict[str, object]) -> list[str]:
+    return [f"--trainer.callbacks.init_args.stages={yaml.safe_dump(list(stages), default_flow_style=True, width=9999)}"]
+
+
+def plan_config(folder: Path, *stages: dict[str, object], callbacks: list[object] | None = None) -> list[str]:
+    """A config with this plan alone, on the digits."""
+    config = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
+    config["trainer"]["callbacks"] = [
+        {"class_path": "GradualUnfreeze", "init_args": {"stages": list(stages)}},
+        *(callbacks or []),
+    ]
+    config["trainer"] |= {"logger": False, "enable_checkpointing": False}
+    path = folder / "plan.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return ["--config", str(path)]
+
+
+HEAD = {"name": "head", "train": "head", "epochs": 1}
+BAD_PLANS: dict[str, tuple[list[dict[str, object]], str]] = {
+    "unknown layer group": ([{**HEAD, "train": ["layer9"]}], r"layer9.*layer4.*The layer groups"),
+    "more groups than there are": ([{**HEAD, "train": 9}], r"train=9 layer groups, there are 6"),
+    "unknown word": ([{**HEAD, "train": "top"}], r"top"),
+    "lr_mult 0": ([{**HEAD, "lr_mult": 0}], r"lr_mult=0.* \(0, 1\]"),
+    "lr_mult of another length": ([{**HEAD, "lr_mult": [0.1, 1]}], r"lr_mult has 2 factors, and there are 6"),
+    "negative rate": ([{**HEAD, "lr": -1}], r"lr=-1.*above 0"),
+    "epochs against cycles": ([{**HEAD, "epochs": 4, "cycle_len": 1, "num_cycles": 3}], r"epochs=4, but 3 cycles.* 3 ep"),
+    "no length": ([{"name": "head", "train": "head"}], r"no length.*epochs"),
+    "a name twice": ([HEAD, HEAD], r"names have to differ.*head"),
+    "typo in an option": ([{**HEAD, "epocs": 1}], r"epocs"),
+    "no plan": ([], r"at least one Stage"),
+    "finder without the callback": ([{**HEAD, "lr": "find"}], r"lr='find'.*LRFinderPerStage"),
+    "cycles without the callback": ([{"name": "full", "cycle_len": 1}], r"cycle_len=1.*CosineRestarts"),
+    "features without the callback": ([{**HEAD, "precompute": True}], r"precompute=True.*PrecomputeFeatures"),
+    "features of everything": ([{"name": "full", "epochs": 1, "precompute": True}], r"freezes nothing"),
+    "overfit without cycles": ([{**HEAD, "until": "overfit"}], r"cycle ends.*cycle_len"),
+}
+
+
+@pytest.mark.parametrize("mistake", sorted(BAD_PLANS))
+def test_error__of_a_plan_is_one_line(mistake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages, says = BAD_PLANS[mistake]
+    assert_one_line(["fit", *plan_config(tmp_path, *stages)], says, capsys)
+
+
+BAD_ARGUMENTS: dict[str, tuple[list[str], str]] = {
+    "max_epochs": (["--trainer.max_epochs=3"], r"max_epochs=3.*stages last 20 epochs"),
+    "unknown backbone": (["--model.backbone=resnet81"], r"resnet81.*near it are.*resnet"),
+    "classes": (["--model.num_classes=7"], r"num_classes=7, the data has 5"),
+    "weights": (["--model.pretrained=nowhere.safetensors"], r"nowhere.safetensors.*no such file"),
+    "scheduler": (["--lr_scheduler=StepLR"], r"lr_scheduler"),
+    "augmentation": (["--data.augmentation=upside_down"], r"upside_down"),
+    "unknown option": (["--trainer.epochs=3"], r"epochs"),
+}
+
+
+@pytest.mark.parametrize("mistake", sorted(BAD_ARGUMENTS))
+def test_error__of_an_argument_is_one_line(mistake: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, says = BAD_ARGUMENTS[mistake]
+    assert_one_line(["fit", *QUICK, *arguments], says, capsys)
+
+
+def remove_class(folder: Path) -> None:
+    for split in ("train", "val"):
+        for file in (folder / split / "bees").iterdir():
+            file.unlink()
+        (folder / split / "bees").rmdir()
+
+
+def empty_class(folder: Path) -> None:
+    for file in (folder / "train" / "bees").iterdir():
+        file.unlink()
+
+
+BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "not there": (lambda folder: folder.rename(folder.with_name("elsewhere")), r"no such folder"),
+    "one class": (remove_class, r"holds 1 class"),
+    "empty class": (empty_class, r"bees.*without images|without images.*bees"),
+    "corrupt image": (lambda folder: (folder / "train" / "ants" / "0.jpg").write_bytes(b"no image"), r"0\.jpg.*corrupt"),
+    "class in val only": (lambda folder: (folder / "val" / "bees").rename(folder / "val" / "wasps"), r"wasps"),
+    }
+
+
+@pytest.mark.parametrize("mistake", sorted(BAD_FOLDERS))
+def test_error__of_a_folder_is_one_line(mistake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spoil, says = BAD_FOLDERS[mistake]
+    spoil(photos(tmp_path / "photos"))
+    quiet = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.default_root_dir", str(tmp_path)]
+    config = yaml.safe_load((CONFIGS / "full_finetune.yaml").read_text())
+    config["trainer"]["callbacks"] = config["trainer"]["callbacks"][:-1]  # no checkpoints, so no ModelCheckpoint
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    arguments = ["fit", "--config", str(tmp_path / "config.yaml"), *own_photos_arguments(tmp_path / "photos"), *quiet]
+    assert_one_line(arguments, says, capsys)
+
+
+def assert_one_line(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, *TINY])
+    assert stop.value.code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert re.search(says, errors[0]), errors[0]
+    assert len(errors[0]) < 600
+
+
+def test_plan__shows_each_stage_and_trains_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["plan", "--config", str(CONFIGS / "quickstart.yaml")])
+    shown = capsys.readouterr().out
+    for stage in ("head_on_features", "head_augmented", "full"):
+        assert stage in shown
+    assert "325" in shown  # 64 features x 5 classes + 5
+    assert "together 20 epochs" in shown
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_plan__counts_flops_and_parameters_as_arithmetic_does(tmp_path: Path) -> None:
+    from lightning_unfreeze import DigitsData, GradualUnfreeze, Stage, TransferClassifier
+    from lightning_unfreeze.plan import plan_rows
+    from tests.conftest import quiet_trainer
+
+    stages = [Stage("head", train="head", epochs=2), Stage("full", epochs=3)]
+    module = TransferClassifier("digits_resnet", num_classes=5, pretrained=False)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    head, full = plan_rows(quiet_trainer([GradualUnfreeze(stages)]), module, DigitsData(batch_size=10))
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert (head["parameters"], full["parameters"]) == (325, sum(p.numel() for p in module.parameters()))
+    assert (head["images"], full["images"]) == (100, 150)
+    # a full step is a forward and twice that backward, less the gradient of the first layer's input
+    forward_gflops = head["GFLOPs"] / 2
+    assert 2.5 < full["GFLOPs"] / 3 / forward_gflops < 3.0
+
+
+@pytest.mark.slow
+def test_quickstart__fits_then_tests_and_predicts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["fit", "--config", "configs/quickstart.yaml", *TINY] if CONFIGS.is_relative_to(tmp_path) else
+         ["fit", "--config", str(CONFIGS / "quickstart.yaml"), *TINY])
+    (checkpoint,) = Path("runs").rglob("*.ckpt")
+    main(["test", "--config", str(CONFIGS / "quickstart.yaml"), f"--ckpt_path={checkpoint}", *TINY])
+    accuracy = float(re.search(r"test_acc\W+([0-9.]+)", capsys.readouterr().out).group(1))  # type: ignore[union-attr]
+    assert accuracy > 0.85
+    main(["predict", "--config", str(CONFIGS / "quickstart.yaml"), f"--ckpt_path={checkpoint}", *TINY])
+    (predictions,) = Path("runs").rglob("predictions.csv")
+    rows = list(csv.DictReader(predictions.open()))
+    right = sum(row["file"].startswith(f"digit {row['class']},") for row in rows)
+    assert right / len(rows) == pytest.approx(accuracy, abs=0.03)
