@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--chunk-size", type=int, default=None)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--views", nargs="+", default=["flip", "d4", "ten_crop"])
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,8 +60,8 @@ def main() -> None:
 
     print(f"{args.model}, {args.images} images of {args.size_px} px, {device}, torch {torch.__version__}")
     print("views        V   V forwards (s)   TTAEval (s)   ratio [each pair]")
-    for views in ("flip", "d4", "ten_crop"):
-        tta = TTAEval(views, chunk_size=args.chunk_size, figure=False)  # type: ignore[arg-type]
+    for views in args.views:
+        tta = TTAEval(views, chunk_size=args.chunk_size, figure=False)
         trainer = pl.Trainer(
             callbacks=[tta],
             accelerator=device,

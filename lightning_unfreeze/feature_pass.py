@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_unfreeze.batch_form import BatchForm, NoStoreError
+from lightning_unfreeze.datasets import nested_datasets
 from lightning_unfreeze.distributed import gather_objects
-from lightning_unfreeze.feature_data import BatchForm, NoStoreError, innermost_dataset, view_batches
+from lightning_unfreeze.feature_data import view_batches
 from lightning_unfreeze.feature_store import (
     FeatureStore,
     FeatureWriter,
@@ -30,6 +33,28 @@ from lightning_unfreeze.reporting import progress_bar
 from lightning_unfreeze.sandbox import batch_on_device
 
 _CHECKED_ROWS = 4
+_Value = TypeVar("_Value")
+
+
+def together(trainer: pl.Trainer, action: Callable[[], _Value]) -> _Value:
+    """Every rank acts, then all learn whether one failed: a barrier at which no rank is left waiting.
+
+    Raises:
+        NoStoreError: On every rank, with what went wrong on the first one that failed, be it in this package, in the
+            user's dataset or in the module: training goes on without a store, and meets the error again if it is real.
+    """
+    failure: Exception | None = None
+    message = ""
+    try:
+        value = action()
+    except (NoStoreError, StoreError) as error:
+        failure, message = error, str(error)
+    except Exception as error:
+        failure, message = error, f"{type(error).__name__}: {error}"
+    messages = [one for one in gather_objects(trainer, message) if one]
+    if messages:
+        raise NoStoreError(messages[0]) from failure
+    return value
 
 
 @dataclass(frozen=True)
@@ -40,6 +65,7 @@ class ViewedData:
         name: `"train"` or `"val"`.
         loader: Gives collate function, batch size and workers.
         views: The dataset with the transform of each view, view 0 first.
+        raw: A collated batch.
         form: How a batch is built.
         seed: Seed of random views.
         fingerprint: The user's own word for what the data is.
@@ -48,6 +74,7 @@ class ViewedData:
     name: str
     loader: DataLoader[Any]
     views: Sequence[Any]
+    raw: Any
     form: BatchForm
     seed: int
     fingerprint: str | None = None
@@ -56,11 +83,22 @@ class ViewedData:
         """Fingerprint of samples, transforms and views."""
         return fingerprint_of(
             data=dataset_fingerprint(self.views[0], fingerprint=self.fingerprint),
-            transforms=[transform_fingerprint(getattr(innermost_dataset(v), "transform", None)) for v in self.views],
+            transforms=[_callables_fingerprint(view) for view in self.views],
             collate=transform_fingerprint(self.loader.collate_fn),
-            views=len(self.views),
             seed=self.seed if len(self.views) > 1 else None,
         )
+
+
+def _callables_fingerprint(dataset: Any) -> str:
+    """Fingerprint of the transforms, target transforms, image readers a dataset and those it wraps have."""
+    return fingerprint_of(
+        callables=[
+            [depth, name, transform_fingerprint(value)]
+            for depth, each in enumerate(nested_datasets(dataset))
+            for name, value in sorted(getattr(each, "__dict__", {}).items())
+            if callable(value) or (isinstance(value, list | tuple) and value and all(map(callable, value)))
+        ]
+    )
 
 
 @dataclass(frozen=True)
@@ -74,16 +112,21 @@ class StoredData:
     store: FeatureStore
 
     def leads_to(self, data_key: str, prefix: FrozenPrefix) -> bool:
-        """Whether the features behind `prefix` can be had from these, without the images."""
+        """Whether the features behind `prefix` can be had from these, without the images and without a loss."""
         here, there = self.prefix.module_names, prefix.module_names
         before = len(here) < len(there) and there[: len(here)] == here
-        return before and self.data_key == data_key and fingerprint(self.prefix) == self.prefix_key
+        exact = all(self.store.layout.tensors[name].dtype == dtype for name, dtype in self.prefix.dtypes.items())
+        return before and exact and self.data_key == data_key and self.is_current()
+
+    def is_current(self) -> bool:
+        """Whether the frozen part is what it was when the features were computed."""
+        return fingerprint(self.prefix) == self.prefix_key
 
 
 class FeaturePass:
     """Opens the store of (data, prefix), or fills it: from an earlier store where there is one, else from the images.
 
-    All methods are collective: every rank calls them, and where one fails, all raise and no half store stays.
+    `open` and `fill` are collective: every rank calls them, and where one fails, all raise and no half store stays.
 
     Args:
         trainer: Gives device, ranks and the progress bar.
@@ -109,8 +152,7 @@ class FeaturePass:
         self.rank, self.num_ranks = trainer.local_rank, max(1, trainer.world_size // trainer.num_nodes)
         self.data_key, self.prefix_key = data.key(), fingerprint(prefix)
         key = fingerprint_of(data=self.data_key, prefix=self.prefix_key, dtype=dtype)
-        _, first = next(view_batches(data.loader, data.views[0], data.seed, 0, torch.arange(1)))
-        tensors = {name: TensorSpec.like(value) for name, value in data.form.split(first)[1].items()}
+        tensors = {name: TensorSpec.like(value) for name, value in data.form.split(data.raw)[1].items()}
         for name, shape in prefix.shapes.items():
             tensors[name] = TensorSpec.like(torch.empty(1, *shape, dtype=prefix.dtypes[name]), dtype)
         self.layout = StoreLayout(key, len(data.views[0]), tensors, len(data.views))
@@ -123,92 +165,101 @@ class FeaturePass:
             store = FeatureStore.open(self.directory, fingerprint=self.layout.fingerprint, verify=self.verify)
             if not self._still_true(store):
                 problem = f"the features in {self.directory} are not what the network gives now"
-        except StoreError as error:
-            problem = str(error) if (self.directory / "manifest.json").exists() else "there is none"
+        except Exception as error:  # of the store, or of the user's dataset: the other ranks wait to hear of it
+            problem = f"{error}" if (self.directory / "manifest.json").exists() else "there is none"
         problems = [one for one in gather_objects(self.trainer, problem) if one]
         if store is None or problems:
-            told = [one for one in problems if one != "there is none"]
-            return None, told[0] if told else ""
+            return None, next((one for one in problems if one != "there is none"), "")
         return self._stored(store), ""
 
     def _still_true(self, store: FeatureStore) -> bool:
         """Computes a few rows of view 0 anew; another batch size may round differently, never by a hundredth."""
         some = torch.linspace(0, store.layout.num_rows - 1, _CHECKED_ROWS).long().unique()
-        rows, batch = next(view_batches(self.data.loader, self.data.views[0], self.data.seed, 0, some))
-        kept, now = store.read(rows), self._extract(batch)
-        for name, value in now.items():
-            there, here = kept[name].float(), value.cpu().to(kept[name].dtype).float()
-            tolerance = 1e-2 * here.abs().max() if name in self.prefix.shapes else 0.0
-            if not bool((there - here).abs().max() <= tolerance):
-                return False
+        for rows, now in self._from_images(0, some):
+            kept = store.read(rows)
+            for name, value in now.items():
+                there, here = kept[name].float(), value.cpu().to(kept[name].dtype).float()
+                tolerance = 1e-2 * here.abs().max() if name in self.prefix.shapes else 0.0
+                if not bool((there - here).abs().max() <= tolerance):
+                    return False
         return True
 
     def fill(self, earlier: StoredData | None = None) -> StoredData:
-        """Fills the store and opens it.
+        """Fills the store and opens it; where another run is filling it, waits for that one.
 
         Raises:
             NoStoreError: What went wrong on the first rank that failed.
         """
         writers: list[FeatureWriter] = []
-        with ExitStack() as stack:
-            if self.rank == 0:
-                self._together(lambda: stack.enter_context(store_lock(self.directory)), writers)
-                self._together(lambda: writers.append(FeatureWriter(self.directory, self.layout)), writers)
-                self._together(lambda: None, writers)
-            else:
-                self._together(lambda: None, writers)
-                self._together(lambda: None, writers)
-                self._together(
-                    lambda: writers.append(FeatureWriter(self.directory, self.layout, rank=self.rank)), writers
-                )
-            self._together(lambda: self._fill_rows(writers[0], earlier), writers)
-            self._together(lambda: writers[0].finalize() if self.rank == 0 else None, writers)
-        opened: list[FeatureStore] = []
-        self._together(
-            lambda: opened.append(FeatureStore.open(self.directory, fingerprint=self.layout.fingerprint)), []
-        )
-        return self._stored(opened[0])
+
+        def new_writer() -> None:
+            writers.append(FeatureWriter(self.directory, self.layout, rank=self.rank))
+
+        first = self.rank == 0
+        try:
+            with ExitStack() as stack:
+                together(self.trainer, lambda: stack.enter_context(store_lock(self.directory)) if first else None)
+                stored, _ = self.open()  # another run may have finished it while this one waited for the lock
+                if stored is not None:
+                    return stored
+                together(self.trainer, lambda: new_writer() if first else None)
+                together(self.trainer, lambda: None if first else new_writer())
+                together(self.trainer, lambda: self._fill_rows(writers[0], earlier))
+                together(self.trainer, lambda: writers[0].finalize() if first else None)
+        except NoStoreError:
+            for writer in writers:
+                writer.discard()
+            raise
+        fingerprint = self.layout.fingerprint
+        return self._stored(together(self.trainer, lambda: FeatureStore.open(self.directory, fingerprint=fingerprint)))
+
+    def seconds_per_image(self, earlier: StoredData | None = None) -> float:
+        """Of the pass, measured on the first few images without writing them."""
+        rows = torch.arange(min(len(self.data.form.split(self.data.raw)[0]), self.layout.num_rows))
+        return seconds(lambda: list(self._batches(0, rows, earlier)), self.trainer.strategy.root_device) / len(rows)
 
     def _stored(self, store: FeatureStore) -> StoredData:
         return StoredData(self.data, self.data_key, self.prefix, self.prefix_key, store)
 
-    def _together(self, action: Callable[[], Any], writers: list[FeatureWriter]) -> None:
-        """Every rank acts, then all learn whether one failed: a barrier at which no rank is left waiting."""
-        message = ""
-        try:
-            action()
-        except (StoreError, NoStoreError, OSError, RuntimeError, ValueError) as error:
-            message = str(error) or type(error).__name__
-        messages = [one for one in gather_objects(self.trainer, message) if one]
-        if messages:
-            for writer in writers:
-                writer.discard()
-            raise NoStoreError(messages[0])
-
     def _fill_rows(self, writer: FeatureWriter, earlier: StoredData | None) -> None:
         missing = [writer.missing_rows(view) for view in range(len(self.data.views))]
         mine = [rows[rows % self.num_ranks == self.rank] for rows in missing]
-        total = sum(len(rows) for rows in mine)
-        with writer, progress_bar(self.trainer, f"features of the {self.data.name} data", total, "image") as advanced:
+        text = f"features of the {self.data.name} data ({self.layout.num_bytes / 2**20:.0f} MiB)"
+        with writer, progress_bar(self.trainer, text, sum(map(len, mine)), "image") as advanced:
             for view, rows in enumerate(mine):
-                batches = self._from_images(view, rows) if earlier is None else self._from_store(earlier, view, rows)
-                for part, tensors in batches:
+                for part, tensors in self._batches(view, rows, earlier):
                     writer.write(part, tensors, view)
                     advanced(len(part))
 
-    def _from_images(self, view: int, rows: Tensor) -> Any:
-        batches = view_batches(self.data.loader, self.data.views[view], self.data.seed, view, rows)
-        return ((part, self._extract(batch)) for part, batch in batches)
+    def _batches(
+        self, view: int, rows: Tensor, earlier: StoredData | None
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        return self._from_images(view, rows) if earlier is None else self._from_store(earlier, view, rows)
 
-    def _extract(self, batch: Any) -> dict[str, Tensor]:
-        _, rest = self.data.form.split(batch)
-        images, _ = self.data.form.split(batch_on_device(self.trainer, self.pl_module, batch))
-        return {**self.prefix.extract(images), **rest}
+    def _from_images(self, view: int, rows: Tensor) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        for part, batch in view_batches(self.data.loader, self.data.views[view], self.data.seed, view, rows):
+            _, beside = self.data.form.split(batch)
+            images, _ = self.data.form.split(batch_on_device(self.trainer, self.pl_module, batch))
+            yield part, {**self.prefix.extract(images), **beside}
 
-    def _from_store(self, earlier: StoredData, view: int, rows: Tensor) -> Any:
+    def _from_store(self, earlier: StoredData, view: int, rows: Tensor) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         device = self.trainer.strategy.root_device
         for part in rows.split(self.data.loader.batch_size or 1):
-            tensors = earlier.store.read(part, view)
-            features = {name: tensors[name].to(device) for name in earlier.prefix.shapes}
-            rest = {name: value for name, value in tensors.items() if name not in features}
-            yield part, {**advance(features, earlier.prefix, self.prefix), **rest}
+            beside = earlier.store.read(part, view)
+            features = {name: beside.pop(name).to(device) for name in earlier.prefix.shapes}
+            yield part, {**advance(features, earlier.prefix, self.prefix), **beside}
+
+
+def seconds(action: Callable[[], Any], device: torch.device) -> float:
+    """Of the quicker of two runs after one that warms up: caches, lazy set-up and a busy machine only ever add time."""
+    return min([_seconds_once(action, device) for _ in range(3)][1:])
+
+
+def _seconds_once(action: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

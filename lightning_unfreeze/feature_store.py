@@ -298,8 +298,8 @@ def _remove_store(directory: Path) -> None:
 def store_lock(directory: str | Path, timeout_seconds: float = -1) -> Iterator[None]:
     """Hold the lock of a store directory, against other processes and other machines on a shared file system.
 
-    The operating system frees the lock of a process that died. The empty file `<directory>.lock` stays: removing it
-    could give the lock to two processes.
+    The operating system frees the lock of a process that died. The empty file `.<name>.lock` beside the
+    directory stays: removing it could give the lock to two processes.
 
     Args:
         directory: Directory of the store; it need not exist.
@@ -309,7 +309,7 @@ def store_lock(directory: str | Path, timeout_seconds: float = -1) -> Iterator[N
         StoreError: Another process held the lock for all that time, or the folder cannot be written to.
     """
     directory = Path(directory).absolute()
-    lock = filelock.FileLock(f"{directory}.lock")
+    lock = filelock.FileLock(directory.with_name(f".{directory.name}.lock"))
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=timeout_seconds)

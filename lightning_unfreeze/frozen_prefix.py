@@ -75,7 +75,7 @@ class _Leaf:
     def learn(cls, two: Any, three: Any) -> _Leaf:
         if isinstance(two, Tensor) and isinstance(three, Tensor) and two.ndim == three.ndim:
             if two.shape == three.shape and torch.equal(two, three):
-                return cls(two.detach().clone())
+                return cls(two.detach())
             per_image = [c - b for b, c in zip(two.shape, three.shape, strict=True)]
             dims = tuple((size - 2 * k, k) for size, k in zip(two.shape, per_image, strict=True))
             strides = two.stride()
@@ -277,8 +277,12 @@ class FrozenPrefix:
         finally:
             self.remove()
 
-    def install(self) -> None:
+    def install(self, packed: Tensor | None = None) -> None:
         """Arrange that the network takes packed features, or images as before; for callbacks, which have no ``with``.
+
+        Args:
+            packed: Where given, the only features that will be taken: a step that changes them on their way to the
+                network, say by an augmentation that leaves out some batches, raises a RuntimeError.
 
         Raises:
             RuntimeError: When installed already.
@@ -286,6 +290,7 @@ class FrozenPrefix:
         if self._patches is not None:
             raise RuntimeError("this frozen prefix is installed already; call remove() first")
         self._forget()
+        self._expected = None if packed is None else (packed, _version(packed))
         self._patches = contextlib.ExitStack()
         self._patches.enter_context(_patched(self._stubs(self._answer)))
         self._patches.enter_context(
@@ -306,6 +311,7 @@ class FrozenPrefix:
 
     def _forget(self) -> None:
         self._features: dict[tuple[int, int], Tensor] = {}
+        self._expected: tuple[Tensor, int] | None = None
         self._batch, self._device = 0, torch.device("cpu")
         self._next = len(self._calls)  # the call that comes next; len(calls): modules run their own forward
         self._inside = self._entered_once = False
@@ -348,6 +354,11 @@ class FrozenPrefix:
         return entry
 
     def _arm(self, packed: Tensor) -> Tensor:
+        if self._expected is not None and not _is_unchanged(packed, *self._expected):
+            raise RuntimeError(
+                "the step changes the stored features on their way to the network, as it would change images; augment "
+                "in the dataset's transform, or train this stage without stored features"
+            )
         self._features = {self._stored[key]: rows for key, rows in self.unpack(packed).items()}
         self._batch, self._device, self._next, self._entered_once = len(packed), packed.device, 0, True
         return _nothing([len(packed), *self.image_shape], self._image_dtype, packed.device)
@@ -526,7 +537,9 @@ def _trace(network: nn.Module, run: Run, images: Tensor) -> tuple[list[tuple[str
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(output)):
             raise _Stop
         if outermost:
-            calls.append((name, output))
+            leaves, tree = tree_flatten(output)  # copies: what follows may write in place
+            leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            calls.append((name, tree_unflatten(leaves, tree)))
         return output
 
     watched = [
@@ -600,13 +613,15 @@ def _leaves_read(
 
     class Reader(FrozenPrefix):
         def unpack(self, packed: Tensor) -> dict[str, Tensor]:
-            return {key: leaf.clone() for key, leaf in leaves.items()}  # clones: forwards may write in place
+            return {key: clones[key].clone() if torch.is_grad_enabled() else clones[key] for key in clones}
 
     reader = Reader(network, run, three, entries, calls, candidates)
     leaves = {
         key: torch.ones(3, *shape, dtype=reader.dtypes[key], device=three.device, requires_grad=True)
         for key, shape in reader.shapes.items()
     }
+    # Forwards may write in place, which leaves of a graph do not allow; the user may run the backbone without a graph.
+    clones = {key: leaf.clone() for key, leaf in leaves.items()}
     reader.install()
     try:
         with _sandbox(network), torch.enable_grad():
@@ -614,7 +629,9 @@ def _leaves_read(
             gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     finally:
         reader.remove()
-    return [place for place, gradient in zip(candidates, gradients, strict=True) if gradient is not None]
+    read = [place for place, gradient in zip(candidates, gradients, strict=True) if gradient is not None]
+    # None is read by way of the graph: detached features. Then those of the last call, as a guess that is verified.
+    return read or [place for place in candidates if place[0] == candidates[-1][0]]
 
 
 def _rows_problem(prefix: FrozenPrefix, three: Tensor) -> str:
@@ -719,6 +736,16 @@ def _nothing(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
     """A tensor of this shape that takes the memory of one number: NaN, or zero where there is no NaN."""
     empty = float("nan") if dtype.is_floating_point or dtype.is_complex else 0
     return torch.full((), empty, dtype=dtype, device=device).expand(*shape)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _is_unchanged(tensor: Tensor, original: Tensor, version: int) -> bool:
+    """Whether ``tensor`` is the original, or a copy of it, and nobody wrote into the original since."""
+    same = tensor.data_ptr() == original.data_ptr() and tensor.stride() == original.stride()
+    return _version(original) == version and (same or torch.equal(tensor, original.to(tensor.dtype)))
 
 
 def _inverse(order: Sequence[int]) -> list[int]:

@@ -7,61 +7,19 @@ a set-up, parameters stay. Membership is decided by the identity of a parameter,
 from __future__ import annotations
 
 import difflib
-import itertools
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from timm.models import group_parameters
 from torch import nn
 
-HEAD = "head"
-_HEAD_ATTRIBUTES = ("head", "classifier", "fc")
-_Matcher = Mapping[str, Any] | Callable[[str], float]
+from lightning_unfreeze.model_families import HEAD, group_by_matcher, has_parameters, matcher_of
 
-_BACKBONE_END = 99999  # timm's mark for "with the group before", as in its own matchers
-_FOUR_STAGES_WITH_DOWNSAMPLING = {
-    "stem": r"^features\.0\.",
-    "stages": [
-        (r"^features\.1\.", (1,)),
-        (r"^features\.[23]\.", (2,)),
-        (r"^features\.[45]\.", (3,)),
-        (r"^features\.[67]\.", (4,)),
-    ],
-}
-# torchvision has no `group_matcher`: the same patterns for its classifiers, in the form that timm reads
-_TORCHVISION_MATCHERS: dict[str, Mapping[str, Any]] = {
-    "ConvNeXt": _FOUR_STAGES_WITH_DOWNSAMPLING,
-    "DenseNet": {
-        "stem": r"^features\.(?:conv|norm)0",
-        "stages": r"^features\.(?:denseblock|transition)(\d+)",
-    },
-    "EfficientNet": {
-        "stem": r"^features\.0\.",
-        # parameters two levels down are those of the last 1x1 convolution
-        "stages": [(r"^features\.\d+\.\d+\.\w+$", (_BACKBONE_END,)), (r"^features\.(\d+)\.", None)],
-    },
-    "GoogLeNet": {"stem": r"^conv\d", "stages": r"^inception(\d)"},
-    "Inception3": {"stem": r"^Conv2d_", "stages": r"^Mixed_(\d)"},
-    "MaxVit": {"stem": r"^stem", "stages": r"^blocks\.(\d+)"},
-    "MNASNet": {"stem": r"^layers\.[0-7]\.", "stages": r"^layers\.(8|9|10|11|12|13)\."},
-    "RegNet": {"stem": r"^stem", "stages": r"^trunk_output\.block(\d+)"},
-    "ResNet": {"stem": r"^(?:conv1|bn1)\.", "stages": r"^layer(\d+)"},
-    "ShuffleNetV2": {"stem": r"^conv1\.", "stages": r"^stage(\d+)"},
-    "SwinTransformer": _FOUR_STAGES_WITH_DOWNSAMPLING,
-    "VisionTransformer": {
-        "stem": r"^class_token|^conv_proj|^encoder\.pos_embedding",
-        "blocks": r"^encoder\.layers\.encoder_layer_(\d+)",
-    },
-}
-_TORCHVISION_SPLIT_AT_POOLING = ("AlexNet", "SqueezeNet", "VGG")
-_TORCHVISION_SPLIT_AT_WIDTH = ("MobileNetV2", "MobileNetV3")
-_TORCHVISION_HEADS = {"classifier", "fc", "head", "heads", "aux1", "aux2", "AuxLogits"}
+_HEAD_ATTRIBUTES = ("head", "classifier", "fc")
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +88,7 @@ def layer_groups(module: nn.Module, network: str | None = None) -> dict[str, Lay
         raise MisconfigurationException(f"{type(module).__name__} has no parameters, so there are no layer groups")
     if callable(getattr(module, "layer_groups", None)):
         groups, free = _own_groups(module)
-        scopes = [name for name, child in module.named_children() if _has_parameters(child)]
+        scopes = [name for name, child in module.named_children() if has_parameters(child)]
         return _build(module, groups, free, scopes)
     path = _find_network(module, network)
     net = module.get_submodule(path)
@@ -280,12 +238,12 @@ def _find_network(module: nn.Module, network: str | None) -> str:
                 f"network={network!r}: {type(module).__name__} has no module of this name.{_near(network, paths)} "
                 f"It has {_list_children(module)}"
             )
-        if not _has_parameters(module.get_submodule(network)):
+        if not has_parameters(module.get_submodule(network)):
             raise MisconfigurationException(
                 f"network={network!r} of {type(module).__name__} has no parameters; it has {_list_children(module)}"
             )
         return network
-    if _has_parameters(getattr(module, "backbone", None)) and _has_head_outside(module, "backbone"):
+    if has_parameters(getattr(module, "backbone", None)) and _has_head_outside(module, "backbone"):
         return "backbone"
     known = _known_models(module)
     if len(known) > 1:
@@ -299,20 +257,16 @@ def _known_models(module: nn.Module) -> list[str]:
     for path, child in module.named_modules():
         within_found = any(not outer or path.startswith(f"{outer}.") for outer in found)
         own_method = path and callable(getattr(child, "layer_groups", None))
-        if not within_found and _has_parameters(child) and (own_method or _matcher(child) is not None):
+        if not within_found and has_parameters(child) and (own_method or matcher_of(child) is not None):
             found.append(path)
     return found
-
-
-def _has_parameters(module: Any) -> bool:
-    return isinstance(module, nn.Module) and any(True for _ in module.parameters())
 
 
 def _has_head_outside(module: nn.Module, path: str) -> bool:
     """Whether a head stands beside the network, which then is a backbone."""
     first = path.split(".")[0]
     return bool(first) and any(
-        _has_parameters(getattr(module, name, None)) for name in _HEAD_ATTRIBUTES if name != first
+        has_parameters(getattr(module, name, None)) for name in _HEAD_ATTRIBUTES if name != first
     )
 
 
@@ -322,12 +276,12 @@ def _near(name: str, names: Iterable[str]) -> str:
 
 
 def _list_children(module: nn.Module) -> str:
-    children = [f"{name} ({type(child).__name__})" for name, child in module.named_children() if _has_parameters(child)]
+    children = [f"{name} ({type(child).__name__})" for name, child in module.named_children() if has_parameters(child)]
     return ", ".join(children) or "no child modules with parameters"
 
 
 def _cannot_group(module: nn.Module, reason: str, candidates: Sequence[str] = ()) -> MisconfigurationException:
-    children = [name for name, child in module.named_children() if _has_parameters(child)]
+    children = [name for name, child in module.named_children() if has_parameters(child)]
     names = candidates or children
     choices = " or ".join(f'network="{name}"' for name in names if name) or 'network="..."'
     first, last = (children[0], children[-1]) if children else ("stem", "fc")
@@ -349,9 +303,9 @@ def _partition(network: nn.Module, *, has_head: bool) -> dict[str, list[nn.Param
         if has_head and HEAD not in own:
             own[HEAD] = own.pop(list(own)[-1])
         return own
-    matcher = _matcher(network)
+    matcher = matcher_of(network)
     if matcher is not None:
-        return _group_by_matcher(network, matcher)
+        return group_by_matcher(network, matcher)
     inner = _known_models(network)
     if len(inner) == 1:
         model = network.get_submodule(inner[0])
@@ -362,153 +316,11 @@ def _partition(network: nn.Module, *, has_head: bool) -> dict[str, list[nn.Param
             partition[HEAD] = partition.pop(HEAD, []) + rest
         return partition
     if isinstance(network, nn.Sequential):
-        groups = {name: list(child.parameters()) for name, child in network.named_children() if _has_parameters(child)}
+        groups = {name: list(child.parameters()) for name, child in network.named_children() if has_parameters(child)}
         if has_head and groups:
             groups[HEAD] = groups.pop(list(groups)[-1])
         return groups
     return None
-
-
-def _matcher(network: nn.Module) -> _Matcher | None:
-    """What timm's `group_parameters` splits this model by, or None if it is no timm or torchvision classifier."""
-    for cls in type(network).__mro__:
-        if cls.__module__.startswith("timm.models.") and hasattr(network, "pretrained_cfg"):
-            return _timm_matcher(network)
-        if cls.__module__.startswith("torchvision.models."):
-            if cls.__name__ in _TORCHVISION_MATCHERS:
-                return _TORCHVISION_MATCHERS[cls.__name__]
-            if cls.__name__ in _TORCHVISION_SPLIT_AT_POOLING:
-                return _split_features(network, _starts_stage_after_pooling)
-            if cls.__name__ in _TORCHVISION_SPLIT_AT_WIDTH:
-                return _split_features(network, _starts_stage_at_new_width)
-    return None
-
-
-def _timm_matcher(network: nn.Module) -> _Matcher:
-    for coarse in (True, False):
-        # rdnet refuses `coarse=True` by an assertion; a few families have no matcher
-        try:
-            matcher: _Matcher = network.group_matcher(coarse=coarse)  # type: ignore[operator]
-        except (AttributeError, NotImplementedError, AssertionError):
-            continue
-        return matcher
-    return _match_child_order(network)
-
-
-def _match_child_order(network: nn.Module) -> _Matcher:
-    """A matcher from the order of the children, where the one list of stages, if there is just one, is opened.
-
-    A single layer goes with what is before it; the first ones, and parameters of the network itself, are the stem.
-    """
-    heads = _head_children(network)
-    body = {n: c for n, c in network.named_children() if _has_parameters(c) and n not in heads}
-    lists = [name for name, child in body.items() if isinstance(child, nn.Sequential | nn.ModuleList)]
-    ordinals: dict[str, int] = {}
-    ordinal = 0
-    for name, child in body.items():
-        parts = [f"{name}.{inner}" for inner, _ in child.named_children()] if [name] == lists else [name]
-        single_layer = not any(_has_parameters(grandchild) for grandchild in child.children())
-        for part in parts:
-            ordinal += bool(ordinals) and not single_layer
-            ordinals[part] = ordinal
-
-    def matcher(name: str) -> float:
-        first, _, rest = name.partition(".")
-        if not rest:
-            return 0
-        return ordinals.get(first, ordinals.get(f"{first}.{rest.split('.')[0]}", float("inf")))
-
-    return matcher
-
-
-def _split_features(network: nn.Module, starts_stage: Callable[[nn.Module, nn.Module], bool]) -> _Matcher:
-    """A matcher for `network.features`, split where a stage starts: `starts_stage(previous layer, layer)`."""
-    layers = list(network.features)  # type: ignore[arg-type]
-    stage_of = {"0": 0}
-    for index, (previous, layer) in enumerate(itertools.pairwise(layers), start=1):
-        stage_of[str(index)] = stage_of[str(index - 1)] + starts_stage(previous, layer)
-
-    def matcher(name: str) -> float:
-        parts = name.split(".")
-        return stage_of[parts[1]] if parts[0] == "features" else float("inf")
-
-    return matcher
-
-
-def _starts_stage_after_pooling(previous: nn.Module, layer: nn.Module) -> bool:
-    return isinstance(previous, nn.MaxPool2d)
-
-
-def _starts_stage_at_new_width(previous: nn.Module, layer: nn.Module) -> bool:
-    """Stages of a MobileNet are its runs of equal width; the last convolution goes with the last of them."""
-    if not hasattr(layer, "use_res_connect"):
-        return False
-    return not hasattr(previous, "use_res_connect") or layer.out_channels != previous.out_channels
-
-
-def _head_children(network: nn.Module) -> set[str]:
-    """Names of the children that hold the classifier (several with distillation or auxiliary heads)."""
-    config = getattr(network, "pretrained_cfg", None)
-    if config is None:
-        return _TORCHVISION_HEADS
-    classifier = config.get("classifier") or ()
-    names = [classifier] if isinstance(classifier, str) else classifier
-    return {name.split(".")[0] for name in names}
-
-
-def _group_by_matcher(network: nn.Module, matcher: _Matcher) -> dict[str, list[nn.Parameter]]:
-    parameters = dict(network.named_parameters(remove_duplicate=False))
-    # a name that nothing matches tells which group holds what the matcher leaves over
-    with_leftover = SimpleNamespace(named_parameters=lambda: [*parameters.items(), ("?.?", None)])
-    ordinals: dict[str, int] = group_parameters(with_leftover, matcher, reverse=True)
-    leftover = ordinals.pop("?.?")
-
-    head_children = _head_children(network)
-    children = [name for name, _ in network.named_children()]
-    after_pool = {"fc_norm", "pre_logits"}
-    if "global_pool" in children:
-        after_pool.update(children[children.index("global_pool") :])
-
-    grouped: dict[int, list[str]] = defaultdict(list)
-    head: list[str] = []
-    home: int | None = None
-    for name in parameters:
-        child = name.split(".")[0]
-        if child in head_children or (ordinals[name] == leftover and (child in after_pool or home is None)):
-            head.append(name)
-            continue
-        # a final norm that no pattern names goes with the block registered before it
-        home = ordinals[name] if ordinals[name] != leftover else home
-        grouped[home if home is not None else leftover].append(name)
-    blocks = [grouped[ordinal] for ordinal in sorted(grouped)]
-    groups = {
-        name: [parameters[n] for n in members] for name, members in zip(_name_groups(blocks), blocks, strict=True)
-    }
-    return {**groups, HEAD: [parameters[n] for n in head]} if head else groups
-
-
-def _name_groups(groups: Sequence[Sequence[str]]) -> list[str]:
-    """`stem`, then the path most parameters of a group share, down to its first number, or further if it is not unique.
-
-    Example:
-        >>> _name_groups([["conv1.weight"], ["layer1.0.conv1.weight"], ["blocks.0.0.w"], ["blocks.0.1.w"]])
-        ['stem', 'layer1', 'blocks.0.0', 'blocks.0.1']
-    """
-
-    def prefixes(extra: int) -> list[str]:
-        found = []
-        for members in groups[1:]:
-            paths = [name.split(".") for name in members]
-            ends = [next((i for i, part in enumerate(p, 1) if any(map(str.isdigit, part))), 1) for p in paths]
-            cut = Counter(".".join(p[: end + extra]) for p, end in zip(paths, ends, strict=True))
-            found.append(cut.most_common(1)[0][0])
-        return found
-
-    names = prefixes(0)
-    for extra in (1, 2):
-        count = Counter(["stem", *names, HEAD])
-        names = [longer if count[name] > 1 else name for name, longer in zip(names, prefixes(extra), strict=True)]
-    return ["stem", *names]
 
 
 def _own_groups(module: nn.Module) -> tuple[dict[str, list[nn.Parameter]], dict[str, list[str]]]:
@@ -529,7 +341,7 @@ def _own_groups(module: nn.Module) -> tuple[dict[str, list[nn.Parameter]], dict[
             groups[group].append(item)
         elif isinstance(item, nn.Module):
             groups[group] += item.parameters()
-            if not _has_parameters(item) and item in names_of:
+            if not has_parameters(item) and item in names_of:
                 free[group].append(names_of[item])
         elif isinstance(item, str):
             found = [p for name, p in parameters.items() if name == item or name.startswith(f"{item}.")]

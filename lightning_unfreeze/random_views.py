@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 
+from lightning_unfreeze.datasets import innermost_dataset, transform_of, with_transform
 from lightning_unfreeze.seeding import keyed_rng
 
 
@@ -35,7 +35,13 @@ class RandomViews(Dataset[Tensor]):
 
     def __init__(self, dataset: Any, augmentation: Callable[[Any], Tensor], num_views: int, seed: int) -> None:
         self.draws = _Draws(augmentation, num_views, seed)
-        self.dataset = _with_transform(dataset, self.draws)
+        if transform_of(dataset) is None:
+            raise MisconfigurationException(
+                "views='random' swaps the `transform` of the evaluated data, and "
+                f"{type(innermost_dataset(dataset)).__name__} has none; use a torchvision dataset with a transform, "
+                "give yours that attribute, or use deterministic views"
+            )
+        self.dataset = with_transform(dataset, self.draws)
 
     def __getitem__(self, index: int) -> Tensor:
         self.draws.index = index
@@ -44,21 +50,6 @@ class RandomViews(Dataset[Tensor]):
 
     def __len__(self) -> int:
         return len(self.dataset)
-
-
-def _with_transform(dataset: Any, transform: Callable[[Any], Tensor]) -> Any:
-    """A copy of the dataset, and of those it wraps, that shares all but the transform."""
-    copied = copy.copy(dataset)
-    if hasattr(dataset, "dataset"):
-        copied.dataset = _with_transform(dataset.dataset, transform)
-    elif callable(getattr(dataset, "transform", None)):
-        copied.transform = transform
-    else:
-        raise MisconfigurationException(
-            f"views='random' swaps the `transform` of the evaluated data, and {type(dataset).__name__} has none; use "
-            "a torchvision dataset with a transform, give yours that attribute, or use deterministic views"
-        )
-    return copied
 
 
 def training_augmentation(trainer: pl.Trainer) -> Callable[[Any], Tensor]:
@@ -78,16 +69,9 @@ def training_augmentation(trainer: pl.Trainer) -> Callable[[Any], Tensor]:
                 f"views='random' needs the training augmentation, and the datamodule gives no training data here "
                 f"({error!r}); {hint}"
             ) from error
-    transform = getattr(innermost_dataset(getattr(loader, "dataset", None)), "transform", None)
-    if not callable(transform):
+    transform = transform_of(getattr(loader, "dataset", None))
+    if transform is None:
         raise MisconfigurationException(
             f"views='random' needs the training augmentation, and no training data with a `transform` is here; {hint}"
         )
-    return transform  # type: ignore[no-any-return]
-
-
-def innermost_dataset(dataset: Any) -> Any:
-    """The dataset inside `Subset` and other wrappers that call what they hold `dataset`."""
-    while hasattr(dataset, "dataset"):
-        dataset = dataset.dataset
-    return dataset
+    return transform

@@ -487,6 +487,12 @@ class Module(pl.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         if self.style == "forward_features":
             return self.head(self.backbone.forward_head(self.backbone.forward_features(images), pre_logits=True))
+        if self.style == "no_grad":
+            with torch.no_grad():
+                features = self.backbone.forward_features(images)
+            return self.head(features.mean((2, 3)))
+        if self.style == "detached":
+            return self.head(self.backbone.forward_features(images).detach().mean((2, 3)))
         if self.style == "normalised":
             images = (images - 0.5) / 0.2
         return self.head(self.backbone.forward_features(images).mean((2, 3)))
@@ -504,6 +510,11 @@ def test_lightning_module__is_a_network_too(style: str, frozen: list[str]) -> No
     module = freeze(Module(style), *frozen)
     labels = torch.tensor([0, 1, 1, 0, 1, 1, 0])
     assert_same_training(module, torch.randn(7, 3, 32, 32), lambda m: lambda x: m.training_step((x, labels[: len(x)])))
+
+
+@pytest.mark.parametrize("style", ["no_grad", "detached"])
+def test_features__that_the_user_keeps_out_of_the_graph(style: str) -> None:
+    assert_same_training(freeze(Module(style), "backbone"), torch.randn(7, 3, 32, 32))
 
 
 def test_images__changed_on_their_way_are_refused() -> None:

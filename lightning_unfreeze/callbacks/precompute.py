@@ -10,30 +10,29 @@ from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, SequentialSampler
 
+from lightning_unfreeze.batch_form import NoStoreError
 from lightning_unfreeze.callbacks.base import StageCallback, StageRun, leader
+from lightning_unfreeze.datasets import transform_of, with_transform
 from lightning_unfreeze.distributed import gather_objects
 from lightning_unfreeze.feature_data import (
-    BatchForm,
     FeatureDataset,
-    NoStoreError,
     check_loader,
     evaluation_transform,
     feature_loader,
     plain_dataset,
-    separable,
-    with_transform,
+    probe_batch,
 )
-from lightning_unfreeze.feature_pass import FeaturePass, StoredData, ViewedData
+from lightning_unfreeze.feature_pass import FeaturePass, StoredData, ViewedData, seconds, together
 from lightning_unfreeze.feature_store import StoreDtype, prune
-from lightning_unfreeze.frozen_prefix import FrozenPrefix, find_prefix
-from lightning_unfreeze.sandbox import batch_on_device, sandbox
-from lightning_unfreeze.seeding import keyed_rng
+from lightning_unfreeze.frozen_prefix import FrozenPrefix
+from lightning_unfreeze.sandbox import sandbox
+from lightning_unfreeze.shortcut import Shortcut, check_step, find_shortcut, installed
 from lightning_unfreeze.stages import Stage
 
 _PROBE_IMAGES = 8
@@ -118,11 +117,13 @@ class PrecomputeFeatures(StageCallback):
             rank_zero_info(f"features are stored as {self.dtype}: {_PRECISION[self.dtype]}, half the size of float32")
         # Lightning asks a private source for its loaders, and there is no public way to answer in its place; guarded by
         # `test_precompute__lightning_asks_for_the_loaders_of_each_stage` (Lightning 2.5 to 2.6)
-        for split, loop in (("train", trainer.fit_loop), ("val", trainer.fit_loop.epoch_loop.val_loop)):
+        loops: dict[Literal["train", "val"], Any] = {"train": trainer.fit_loop}
+        loops["val"] = trainer.fit_loop.epoch_loop.val_loop
+        for split, loop in loops.items():
             self._sources.append((loop, loop._data_source))
             loop._data_source = _StageSource(loop._data_source, self, trainer, split)
 
-    def loader_for(self, trainer: pl.Trainer, split: str, make: Callable[[], Any]) -> Any:
+    def loader_for(self, trainer: pl.Trainer, split: Literal["train", "val"], make: Callable[[], Any]) -> Any:
         """The loader of the coming stage: of stored batches if the stage asks for it and it can be done."""
         # `configure_optimizers` may ask for the number of steps before anything is set up
         if trainer.sanity_checking or not trainer.optimizers:
@@ -138,68 +139,79 @@ class PrecomputeFeatures(StageCallback):
         frozen = head.frozen_roots()
         try:
             with self._shortcuts_removed(), _in_eval_mode(trainer.lightning_module, frozen):
-                served = self._serve(trainer, run, split, check_loader(loader))
+                stored = self._stored_data(trainer, run, split, loader)
         except NoStoreError as reason:
             rank_zero_warn(
                 f"stage {run.stage.name!r} reads its {split} images as usual, without stored features: {reason}"
             )
             return loader
-        return loader if served is None else served
+        if stored is None:
+            return loader
+        self._stored[split] = stored
+        self._datasets[split] = FeatureDataset(stored.store, stored.data.form, stored.prefix)
+        self._choose_view(trainer, run)
+        size = self.cached_batch_size if split == "train" else None
+        return feature_loader(loader, self._datasets[split], size, self.seed)
 
-    def _serve(self, trainer: pl.Trainer, run: StageRun, split: str, loader: DataLoader[Any]) -> Any:
-        if split == "val" and not isinstance(loader.sampler, SequentialSampler):
-            raise NoStoreError(f"the validation loader has a sampler of its own ({type(loader.sampler).__name__})")
+    def _stored_data(
+        self, trainer: pl.Trainer, run: StageRun, split: Literal["train", "val"], loader: Any
+    ) -> StoredData | None:
+        """The store of the split, filled if need be; None if it would not pay.
+
+        Raises:
+            NoStoreError: If there can be none, on all ranks alike.
+        """
         module = trainer.lightning_module
-        views = self._views(trainer, run, split, loader)
-        raw, form = self._probe_batch(loader, views[0])
-        batch = batch_on_device(trainer, module, raw)
-        seconds_per_image: list[float] = []
-        if split == "train":
-            with sandbox(trainer, module), torch.enable_grad():
-                prefix, *seconds_per_image = self._find_prefix(trainer, module, batch, form)
-                self._check_step(trainer, module, prefix, batch, form)
-        else:
-            prefix = self._stored["train"].prefix
-        data = ViewedData(split, loader, views, form, self.seed, self.data_fingerprint)
-        work = FeaturePass(trainer, module, data, prefix, self._root(trainer), self.dtype, self.verify)
+        if split == "val" and trainer.limit_val_batches != 1.0:
+            return None  # the pass would read images that are never looked at
+        data = together(trainer, lambda: self._viewed_data(trainer, run, split, loader))
+        with sandbox(trainer, module), torch.enable_grad():
+            if split == "train":
+                shortcut = together(trainer, lambda: find_shortcut(trainer, module, data.raw, data.form))
+                prefix = shortcut.prefix
+            else:
+                prefix, shortcut = self._stored["train"].prefix, None
+                module.eval()
+                together(trainer, lambda: check_step(trainer, module, prefix, data.raw, data.form, "validation_step"))
+        root = self._root(trainer)
+        work = together(trainer, lambda: FeaturePass(trainer, module, data, prefix, root, self.dtype, self.verify))
+        _same_everywhere(trainer, prefix)
         stored, problem = work.open()
         if problem:
             rank_zero_warn(f"stored features are computed anew: {problem}")
         if stored is None:
             earlier = next((one for one in self._earlier if one.leads_to(work.data_key, prefix)), None)
-            if split == "train" and not self._pays(trainer, run, work, *seconds_per_image):
+            if shortcut is not None and not self._pays(trainer, run, work, shortcut, earlier):
                 return None
-            start = time.monotonic()
-            stored = work.fill(earlier)
-            seconds = max(time.monotonic() - start, 1e-9)
-            images = work.layout.num_rows * work.layout.num_views
-            rank_zero_info(
-                f"features of {images} {split} images {'from the store before' if earlier else 'computed'} behind "
-                f"{prefix.boundary!r}: {seconds:.1f} s, {images / seconds:.0f} images/s, "
-                f"{work.layout.num_bytes / 2**20:.1f} MiB in {work.directory}"
-            )
-            used = [one.store.directory for one in [stored, *self._stored.values(), *self._earlier]]
-            if trainer.local_rank == 0:
-                prune(work.directory.parent, self.max_bytes, keep=used)
-        self._stored[split] = stored
-        self._datasets[split] = dataset = FeatureDataset(stored.store, form, prefix.pack)
-        if split == "train":
-            self._choose_view(trainer, run)
-        size = self.cached_batch_size if split == "train" else None
-        return feature_loader(loader, dataset, size, self.seed)
+            stored = self._filled(trainer, work, earlier)
+        if shortcut is not None and shortcut.reason:
+            rank_zero_info(f"features are taken behind {prefix.boundary!r}, since {shortcut.reason}")
+        return stored
+
+    def _viewed_data(
+        self, trainer: pl.Trainer, run: StageRun, split: Literal["train", "val"], loader: Any
+    ) -> ViewedData:
+        loader = check_loader(loader)
+        if trainer.overfit_batches:  # type: ignore[attr-defined]
+            raise NoStoreError("overfit_batches reads a few images only")
+        if split == "val" and not isinstance(loader.sampler, SequentialSampler):
+            raise NoStoreError(f"the validation loader has a sampler of its own ({type(loader.sampler).__name__})")
+        views = self._views(trainer, run, split, loader)
+        raw, form = probe_batch(loader, views[0], _PROBE_IMAGES)
+        return ViewedData(split, loader, views, raw, form, self.seed, self.data_fingerprint)
 
     def _views(self, trainer: pl.Trainer, run: StageRun, split: str, loader: DataLoader[Any]) -> list[Any]:
         """The dataset of each view that will be read, view 0 first."""
         dataset = plain_dataset(loader)
-        if not len(dataset):
-            raise NoStoreError("the data is empty")
         if split == "val":
             return [dataset]
         transform = self.eval_transform
         if transform is None:
-            source = trainer.fit_loop.epoch_loop.val_loop._data_source.inner
+            source = trainer.fit_loop.epoch_loop.val_loop._data_source.inner  # type: ignore[attr-defined]
             val = source.dataloader() if source.instance is not None and source.is_defined() else None
             transform = evaluation_transform(dataset, getattr(val, "dataset", None))
+        elif transform_of(dataset) is None:
+            raise NoStoreError(f"{type(dataset).__name__} has no `transform` for eval_transform to replace")
         plain = dataset if transform is None else with_transform(dataset, transform)
         # views beyond the number of epochs would never be read
         return [plain, *[dataset] * (min(self.num_views, run.stage.num_epochs) - 1)]
@@ -209,72 +221,45 @@ class PrecomputeFeatures(StageCallback):
         # nodes may share the folder or not: each keeps stores of its own, so that none waits for another's lock
         return root / f"node_{trainer.node_rank}" if trainer.num_nodes > 1 else root
 
-    def _probe_batch(self, loader: DataLoader[Any], dataset: Any) -> tuple[Any, BatchForm]:
-        samples = []
-        for row in range(min(_PROBE_IMAGES, len(dataset))):
-            with keyed_rng("view", self.seed, 0, row):
-                samples.append(dataset[row])
-        raw = loader.collate_fn(samples)
-        form = BatchForm(raw)
-        if not separable(loader, samples, form):
-            raise NoStoreError("the collate function mixes the samples, or draws at random")
-        return raw, form
-
-    # --- the shortcut ----------------------------------------------------------------------------------------------
-
-    def _find_prefix(
-        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, form: BatchForm
-    ) -> tuple[FrozenPrefix, float, float]:
-        """The shortcut, and seconds per image of a step (forward and backward) without and with it."""
-        images, rest = form.split(batch)
-
-        def step(x: Tensor) -> Tensor:
-            rows = torch.arange(len(x)) % len(images)
-            return _loss(trainer, module, form.join(x, {n: v[rows.to(v.device)] for n, v in rest.items()}))
-
-        prefix, reason = find_prefix(module, images, step)
-        boundary = "" if prefix is None else prefix.boundary
-        found = gather_objects(trainer, (boundary, reason))
-        if prefix is None or any(other != boundary for other, _ in found):
-            raise NoStoreError(next((why for other, why in found if not other), "the ranks found different boundaries"))
-        if reason:
-            rank_zero_info(f"features are taken behind {boundary!r}, since {reason}")
-        features = prefix.extract(images)
-        with prefix.replay(features) as packed:
-            stored_seconds = _seconds(lambda: step(packed), images)
-        return prefix, _seconds(lambda: step(images), images), stored_seconds
-
-    def _check_step(
-        self, trainer: pl.Trainer, module: pl.LightningModule, prefix: FrozenPrefix, batch: Any, form: BatchForm
-    ) -> None:
-        """A batch through all that lies between loader and loss, both ways: transfer hooks act on features too."""
-        images, rest = form.split(batch)
-        packed = prefix.pack(prefix.extract(images)).cpu()
-        carried = batch_on_device(trainer, module, form.join(packed, {n: v.cpu() for n, v in rest.items()}))
-        losses = []
-        for step_batch in (batch, carried):
-            shortcut = _installed(prefix) if step_batch is carried else nullcontext()
-            with shortcut, keyed_rng("check", self.seed), torch.no_grad():
-                losses.append(_loss(trainer, module, step_batch))
-        if not all(gather_objects(trainer, bool(torch.isclose(*losses, rtol=1e-3, atol=1e-5)))):
-            raise NoStoreError(
-                f"a step on stored features gives the loss {float(losses[1]):.5g}, on the images {float(losses[0]):.5g}: "
-                "something between the loader and the network changes the images (a batch-transfer hook?); do that in "
-                "the dataset's transform"
-            )
+    def _filled(self, trainer: pl.Trainer, work: FeaturePass, earlier: StoredData | None) -> StoredData:
+        start = time.monotonic()
+        stored = work.fill(earlier)
+        duration = max(time.monotonic() - start, 1e-9)
+        images = work.layout.num_rows * work.layout.num_views
+        rank_zero_info(
+            f"features of {images} {work.data.name} images {'from the store before' if earlier else 'computed'} behind "
+            f"{work.prefix.boundary!r}: {duration:.1f} s, {images / duration:.0f} images/s, "
+            f"{work.layout.num_bytes / 2**20:.1f} MiB in {work.directory}"
+        )
+        if trainer.local_rank == 0:
+            used = [one.store.directory for one in [stored, *self._stored.values(), *self._earlier]]
+            prune(work.directory.parent, self.max_bytes, keep=used)
+        return stored
 
     def _pays(
-        self, trainer: pl.Trainer, run: StageRun, work: FeaturePass, plain_seconds: float, stored_seconds: float
+        self, trainer: pl.Trainer, run: StageRun, work: FeaturePass, shortcut: Shortcut, earlier: StoredData | None
     ) -> bool:
-        """Whether the pass and the epochs on features take less than the epochs on images, their decoding apart."""
-        epochs, layout = run.stage.num_epochs, work.layout
-        with_store = layout.num_views * max(plain_seconds - stored_seconds, 0.0) + epochs * stored_seconds
-        pays = self.policy == "always" or with_store < epochs * plain_seconds
-        pays = bool(trainer.strategy.broadcast(pays))
+        """Whether the pass and the epochs on features take less than the epochs on images."""
+        layout, loader, view = work.layout, work.data.loader, work.data.views[0]
+        device, probed = trainer.strategy.root_device, min(_PROBE_IMAGES, layout.num_rows)
+        # worker processes read while the device computes; without them one waits for the other
+        reading = seconds(lambda: [view[row] for row in range(probed)], device) / probed
+        epoch = (
+            max(reading / loader.num_workers, shortcut.plain_seconds)
+            if loader.num_workers
+            else (reading + shortcut.plain_seconds)
+        )
+        limit = trainer.limit_train_batches or 1.0
+        num_read = limit * layout.num_rows if isinstance(limit, float) else limit * (loader.batch_size or 1)
+        epochs, num_read = run.stage.num_epochs, min(num_read, layout.num_rows)
+        passed = work.seconds_per_image(earlier) * layout.num_rows * layout.num_views
+        without = epochs * num_read * epoch
+        with_store = passed + epochs * num_read * shortcut.stored_seconds
+        pays = bool(trainer.strategy.broadcast(self.policy == "always" or with_store < without))
         rank_zero_info(
-            f"stage {run.stage.name!r}: {epochs} epochs of {layout.num_rows} images are estimated at "
-            f"{with_store * layout.num_rows:.3g} s with stored features ({layout.num_bytes / 2**20:.1f} MiB) and "
-            f"{epochs * plain_seconds * layout.num_rows:.3g} s without: {'stored' if pays else 'not stored'}"
+            f"stage {run.stage.name!r}: {epochs} epochs of {num_read:.0f} images are estimated at {with_store:.3g} s "
+            f"with stored features (the pass {passed:.3g} s, {layout.num_bytes / 2**20:.1f} MiB) and {without:.3g} s "
+            f"without: {'stored' if pays else 'not stored'}"
         )
         return pays
 
@@ -284,6 +269,15 @@ class PrecomputeFeatures(StageCallback):
         if "train" in self._datasets:
             views = self._stored["train"].store.layout.num_views
             self._datasets["train"].view = (trainer.current_epoch - run.start_epoch) % views
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Has the loaders asked for again, if `configure_optimizers` asked for them before there was a stage."""
+        if self._sources:
+            _ask_for_loaders_again(trainer)
+
+    def on_stage_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
+        """Looks whether the module's own hooks changed the frozen part since its features were stored."""
+        self._check_frozen_part(stage)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Chooses the view of a resumed epoch: only now the Trainer knows its number."""
@@ -298,15 +292,14 @@ class PrecomputeFeatures(StageCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any
     ) -> AbstractContextManager[Any]:
         """The shortcut, for a step outside of the Trainer's loop."""
-        return _installed(self._stored["train"].prefix) if "train" in self._stored else nullcontext()
+        return installed(self._stored["train"].prefix) if "train" in self._stored else nullcontext()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Opens the shortcut, for the step and its backward."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if "train" in self._stored:
-            self._stored["train"].prefix.install()
+        self._open("train", batch)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -318,8 +311,8 @@ class PrecomputeFeatures(StageCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Opens the shortcut, for stored validation batches."""
-        if "val" in self._stored and not trainer.sanity_checking:
-            self._stored["val"].prefix.install()
+        if not trainer.sanity_checking:
+            self._open("val", batch)
 
     def on_validation_batch_end(
         self,
@@ -344,6 +337,7 @@ class PrecomputeFeatures(StageCallback):
         following = self.run.following if self.run is not None else None
         if self._sources and (self._stored or (following is not None and following.precompute)):
             _ask_for_loaders_again(trainer)
+        self._check_frozen_part(stage)
         self._leave_stage()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -354,6 +348,20 @@ class PrecomputeFeatures(StageCallback):
         """Leaves nothing on the network and on the Trainer."""
         super().teardown(trainer, pl_module, stage)
         self._detach()
+
+    def _check_frozen_part(self, stage: Stage) -> None:
+        if "train" in self._stored and not self._stored["train"].is_current():
+            raise MisconfigurationException(
+                f"stage {stage.name!r}: weights or buffers of the frozen part were changed (by a hook of the module, "
+                "or another callback?) after its features were stored, so the stage trains on features of another "
+                "network; change them before `fit`, or set precompute=False"
+            )
+
+    def _open(self, split: str, batch: Any) -> None:
+        if split in self._stored:
+            stored = self._stored[split]
+            stored.prefix.remove()  # a batch that another callback skipped had no end
+            stored.prefix.install(stored.data.form.images(batch))
 
     def _close(self, split: str) -> None:
         if split in self._stored:
@@ -389,7 +397,11 @@ class _StageSource(_DataLoaderSource):
     """Lightning's source of a loader, asked through the callback."""
 
     def __init__(
-        self, inner: _DataLoaderSource, callback: PrecomputeFeatures, trainer: pl.Trainer, split: str
+        self,
+        inner: _DataLoaderSource,
+        callback: PrecomputeFeatures,
+        trainer: pl.Trainer,
+        split: Literal["train", "val"],
     ) -> None:
         super().__init__(inner.instance, inner.name)
         self.inner, self.callback, self.trainer, self.split = inner, callback, trainer, split
@@ -404,26 +416,9 @@ def _ask_for_loaders_again(trainer: pl.Trainer) -> None:
     trainer.fit_loop.epoch_loop.val_loop._combined_loader = None
 
 
-def _loss(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Tensor:
-    """The step's loss without the wrapper of the strategy, so that ranks need not go together."""
-    arguments = (batch, 0) if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2) else (batch,)
-    with trainer.precision_plugin.train_step_context():
-        output = module.training_step(*arguments)
-    loss = output["loss"] if isinstance(output, dict) else output
-    if not isinstance(loss, Tensor):
-        raise NoStoreError("training_step returned no loss, so the shortcut cannot be checked")
-    return loss
-
-
-def _seconds(step: Callable[[], Tensor], images: Tensor) -> float:
-    """Seconds per image of a step with its backward."""
-    if images.is_cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step().backward()  # type: ignore[no-untyped-call]
-    if images.is_cuda:
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / len(images)
+def _same_everywhere(trainer: pl.Trainer, prefix: FrozenPrefix) -> None:
+    if len(set(gather_objects(trainer, (prefix.boundary, tuple(prefix.shapes))))) > 1:
+        raise NoStoreError("the ranks found different boundaries")
 
 
 @contextmanager
@@ -437,12 +432,3 @@ def _in_eval_mode(module: nn.Module, roots: list[nn.Module]) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
-
-
-@contextmanager
-def _installed(prefix: FrozenPrefix) -> Iterator[None]:
-    prefix.install()
-    try:
-        yield
-    finally:
-        prefix.remove()

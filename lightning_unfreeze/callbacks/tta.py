@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 from lightning_unfreeze.callbacks.base import StageCallback, players
+from lightning_unfreeze.datasets import innermost_dataset
 from lightning_unfreeze.distributed import gather_objects
 from lightning_unfreeze.logits_spy import LogitsSpy, NetworkCall, as_logits, find_target, shape_target
-from lightning_unfreeze.random_views import RandomViews, innermost_dataset, training_augmentation
+from lightning_unfreeze.random_views import RandomViews, training_augmentation
 from lightning_unfreeze.reporting import save_figure
 from lightning_unfreeze.tta_result import SHEET_IMAGES, TTAResult, decisions, plot_flips, scores_of, thumbnail
 from lightning_unfreeze.views import (
@@ -78,7 +79,7 @@ class TTAEval(StageCallback):
             rule, one plain vote for every four others. None: all views alike.
         num_random: Draws per image for `"random"`.
         chunk_size: Views of one size joined into one forward. None joins all of them on an accelerator and none on the
-            CPU, where larger batches are slower (twice as slow for 7 x 32 images of 128 px). Lower it when memory is short.
+            CPU, where larger batches are slower (twice, for 7 x 32 images of 128 px). Lower it when memory is short.
         on: Where to augment.
         every: During `fit`, `"stage_end"` augments the validation of a stage's last epoch (of each cycle's last, where
             the stage may end there; without stages, of the fit's last epoch), a number n that of every n-th epoch.
@@ -277,7 +278,7 @@ class TTAEval(StageCallback):
         if self._spy is not None:
             self._spy.close()
         if self._predict_step is not None:
-            pass  # the class's own comes back
+            del pl_module.predict_step  # the class's own comes back
         self._spy, self._predict_step, self._members, self._loaders = None, None, None, []
 
     def _check_learnt(self, loaders: Sequence[Any]) -> None:
@@ -489,6 +490,8 @@ def _snapshot_states(trainer: pl.Trainer, call: NetworkCall) -> list[dict[str, T
     """Weights of the network in each checkpoint that a callback lists in `snapshots`, less those in force now."""
     paths: list[Path] = []
     for player in players(trainer):
+        if trainer.testing and getattr(player, "ensemble", False):
+            continue  # it puts its snapshots into the module's own forward, which gives all views
         listed = getattr(player, "snapshots", None)
         paths += list(listed) if isinstance(listed, list | tuple) else []
     prefix = f"{call.name}." if call.name else ""

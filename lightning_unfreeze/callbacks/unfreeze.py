@@ -283,6 +283,7 @@ class GradualUnfreeze(StageCallback):
         """A random state that depends on the stage alone, for a range test; the epoch's own is put back after it."""
         before = rng_state()
         seed_all("stage", self._seed or 0, run.index, trainer.global_rank)
+        self._put_frozen_in_eval_mode()
         try:
             yield
         finally:

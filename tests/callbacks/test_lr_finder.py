@@ -23,7 +23,6 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities import CombinedLoader
 from matplotlib.image import imread
-from tests.conftest import SmallNet, UserModule, loader, quiet_trainer, random_images, same_weights, weights_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
@@ -34,6 +33,7 @@ from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.loaders import EpochSampler, KeyedDataset, ResumableLoader
 from lightning_unfreeze.seeding import rng_state
 from lightning_unfreeze.stages import Stage
+from tests.conftest import SmallNet, UserModule, loader, quiet_trainer, random_images, same_weights, weights_of
 
 REPO = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
@@ -49,7 +49,8 @@ class Everything(UserModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, targets = batch
-        images = images * (1 + 0.1 * np.random.rand()) + 0.1 * random.random() + 0.1 * torch.randn_like(images)
+        scale = 1 + 0.1 * np.random.rand()  # noqa: NPY002
+        images = images * scale + 0.1 * random.random() + 0.1 * torch.randn_like(images)
         logits = self.net(images)
         loss = nn.functional.cross_entropy(logits.float(), targets)
         self.metric(logits.float(), targets)
@@ -147,7 +148,7 @@ def own_generator_loader() -> DataLoader[Any]:
 
 
 def worker_loader() -> DataLoader[Any]:
-    return loader(shuffle=True, num_workers=1, persistent_workers=True)
+    return loader(random_images(64), batch_size=4, shuffle=True, num_workers=1, persistent_workers=True)
 
 
 def resumable_loader() -> DataLoader[Any]:
@@ -155,13 +156,15 @@ def resumable_loader() -> DataLoader[Any]:
     return ResumableLoader(data, batch_size=8, sampler=EpochSampler(data, seed=3))
 
 
+@pytest.mark.filterwarnings("ignore:stage .* no signal")
 @pytest.mark.parametrize(
     ("make_loader", "optimizer", "options"),
     [
         pytest.param(plain_loader, "adamw", {}, id="plain"),
         pytest.param(own_generator_loader, "sgd", {"gradient_clip_val": 0.1}, id="own_generator-sgd-clipping"),
         pytest.param(resumable_loader, "adamw", {"accumulate_grad_batches": 2}, id="resumable-accumulate"),
-        pytest.param(worker_loader, "adamw", {"accumulate_grad_batches": 3}, id="workers-accumulate"),
+        pytest.param(plain_loader, "adamw", {"accumulate_grad_batches": 3}, id="accumulate_3"),
+        pytest.param(worker_loader, "adamw", {}, id="workers"),
         pytest.param(plain_loader, "adamw", {"precision": "bf16-mixed"}, id="bf16"),
         pytest.param(plain_loader, "sgd", {"plugins": half_precision}, id="fp16-scaler"),
     ],
@@ -173,7 +176,7 @@ def test_finder__a_run_with_it_is_bitwise_the_run_without_it(
     states = []
     for find in (False, True):
         torch.manual_seed(0)
-        np.random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
         random.seed(0)
         finder, final = LRFinderPerStage(num_steps=20, apply=False), Final()
         lr: Any = "find" if find else None
@@ -183,20 +186,13 @@ def test_finder__a_run_with_it_is_bitwise_the_run_without_it(
         # the rates are the stage's in both, also where no callback sets them
         callbacks.append(CosineRestarts(cycle_len=1))
         trainer = quiet_trainer(callbacks, max_epochs=3, **given)
-        with pytest.warns(UserWarning) if find else _no_warning():
-            trainer.fit(Everything(optimizer=optimizer), make_loader(), loader())
+        trainer.fit(Everything(optimizer=optimizer), make_loader(), loader())
         states.append(final.state)
         if find:
             assert {len(result.lrs) for result in finder.results.values()} == {20}
             assert list(finder.results) == (["head", "full"] if planned else ["fit"])
-    assert len(states[0]["seen"]) == 9
+    assert len(states[0]["seen"]) == 3 * len(make_loader())
     assert differences(*states) == []
-
-
-def _no_warning() -> Any:
-    import contextlib
-
-    return contextlib.nullcontext()
 
 
 # --- the curve
@@ -238,6 +234,7 @@ def plain_range_test(
     return losses
 
 
+@pytest.mark.filterwarnings("ignore:stage .* no signal")
 @pytest.mark.parametrize(
     ("train", "accumulate", "limit", "clip"), [("all", 1, 1.0, None), ("all", 2, 1.0, 0.01), ("head", 3, 2, None)]
 )
@@ -258,8 +255,7 @@ def test_finder__its_curve_is_that_of_a_plain_loop(
     )
     batches = list(loader())[: limit if isinstance(limit, int) else None]
     expected = plain_range_test(user, train == "head", batches, accumulate, 20, clip)
-    with pytest.warns(UserWarning, match="no signal"):
-        given.fit(user, loader())
+    given.fit(user, loader())
     result = finder.results["s"]
     assert result.losses == pytest.approx(expected, rel=1e-5)
     assert result.lrs == pytest.approx([1e-5 * 50_000 ** (step / 19) for step in range(20)], rel=1e-9)
@@ -282,6 +278,7 @@ def test_finder__several_loaders_are_combined_as_in_training() -> None:
     assert seen[:20] == trained * 10
 
 
+@pytest.mark.filterwarnings("ignore:stage .* no signal")
 @pytest.mark.parametrize(
     ("script", "points"),
     [
@@ -298,12 +295,7 @@ def test_finder__stops_where_the_loss_diverges_and_not_before(script: list[float
     finder = LRFinderPerStage(apply=False)
     module = Scripted(script)
     trainer = quiet_trainer([finder], max_epochs=1, limit_train_batches=1)
-    trainer.fit_loop.epoch_loop  # noqa: B018
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of no signal, in most of them
-        trainer.fit(module, numbers())
+    trainer.fit(module, numbers())
     result = finder.results["fit"]
     assert len(result.losses) == len(result.lrs) == points
     assert module.step == 1
@@ -312,10 +304,10 @@ def test_finder__stops_where_the_loss_diverges_and_not_before(script: list[float
     assert suggested is None or math.isfinite(suggested)
 
 
+@pytest.mark.filterwarnings("ignore:stage .* no signal", "ignore:`training_step` returned `None`")
 def test_finder__leaves_out_steps_without_a_loss() -> None:
     finder = LRFinderPerStage(1e-4, 1.0, num_steps=21, apply=False)
-    with pytest.warns(UserWarning, match="no signal"):
-        quiet_trainer([finder], max_epochs=1).fit(Scripted([2.0, None]), numbers())
+    quiet_trainer([finder], max_epochs=1).fit(Scripted([2.0, None]), numbers())
     result = finder.results["fit"]
     assert result.losses == [2.0] * 11
     assert result.lrs == pytest.approx([1e-4 * 10 ** (0.4 * step) for step in range(11)])
@@ -379,7 +371,7 @@ def test_finder__works_alone_and_keeps_the_users_ratios() -> None:
 def test_finder__without_a_signal_keeps_the_rates_or_stops() -> None:
     keep = LRFinderPerStage(num_steps=40)
     trainer = quiet_trainer([keep], max_epochs=1)
-    with pytest.warns(UserWarning, match=r"stage 'fit': no signal .* from 1e-06 to 1;.*give the stage an lr"):
+    with pytest.warns(UserWarning, match=r"stage 'fit': no signal .* from 1e-06 to 1\).*give the stage an lr"):
         trainer.fit(Scripted([2.0]), numbers())
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.01
     with pytest.raises(MisconfigurationException, match="no signal"):
@@ -404,6 +396,7 @@ def test_finder__a_second_fit_searches_anew() -> None:
         assert finder.results["fit"].losses == [level] * 20
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
 @pytest.mark.parametrize("save_at", [0, 1])
 def test_finder__a_resumed_run_takes_the_result_from_the_checkpoint(
     tmp_path: Path, save_at: int, monkeypatch: pytest.MonkeyPatch
@@ -474,7 +467,7 @@ def test_finder__an_error_in_the_users_step_leaves_no_trace(tmp_path: Path) -> N
 
     module, finder = Fails(), LRFinderPerStage(num_steps=20)
     before, metric = weights_of(module), copy.deepcopy(module.metric.metric_state)
-    trainer = quiet_trainer([finder], max_epochs=1, logger=CSVLogger(tmp_path))
+    trainer = quiet_trainer([finder], max_epochs=1, logger=CSVLogger(tmp_path), log_every_n_steps=1)
     callbacks = list(trainer.callbacks)
     with pytest.raises(RuntimeError, match="from the user's step"):
         trainer.fit(module, loader())
@@ -484,7 +477,7 @@ def test_finder__an_error_in_the_users_step_leaves_no_trace(tmp_path: Path) -> N
     assert differences(metric, module.metric.metric_state) == []
     assert all(parameter.grad is None for parameter in module.parameters())
     assert trainer.optimizers[0].state == {}
-    assert [path for path in tmp_path.rglob("lr_find*")] == []
+    assert list(tmp_path.rglob("lr_find*")) == []
 
 
 def test_finder__shows_a_bar_where_the_trainer_shows_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -273,6 +273,19 @@ def test_unfreeze__left_out_parameters_follow_and_fixed_ones_stay_fixed() -> Non
         assert all((group["momentum"], group["weight_decay"]) == (0.9, 0.01) for group in groups)
 
 
+def test_unfreeze__frozen_again_is_frozen_where_gradients_are_zeroed_and_kept() -> None:
+    class KeepsGradients(UserModule):
+        def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+            optimizer.zero_grad(set_to_none=False)  # then weight decay and momentum would go on
+
+    witness = Witness(lambda trainer, module: weights_of(module))
+    plan = [Stage("full", epochs=1), Stage("head", train="head", epochs=1)]
+    module = KeepsGradients(net_without_dropout())
+    quiet_trainer([GradualUnfreeze(plan), witness]).fit(module, loader())
+    at_border = next(weights for name, weights in witness.seen if name == "head")
+    assert {name for name in same_weights(at_border, weights_of(module)) if "backbone" in name} == set()
+
+
 def test_unfreeze__decay_split_is_kept_and_names_are_unique() -> None:
     module = user_module()
     trainer = quiet_trainer([GradualUnfreeze(HEAD_THEN_ALL)])
@@ -550,13 +563,14 @@ def test_unfreeze__a_fit_after_an_error_starts_at_the_first_stage() -> None:
         def __init__(self, step: int) -> None:
             self.step = step
 
+    plan = [Stage("head", train="head", epochs=1, lr=0.3), Stage("full", epochs=1)]
     for step in (1, 4):  # in the first stage, in the second
-        callback = GradualUnfreeze(HEAD_THEN_ALL)
+        callback = GradualUnfreeze(plan)
         torch.manual_seed(0)
         module = UserModule(SmallNet())
         with pytest.raises(RuntimeError, match="on purpose"):
             quiet_trainer([callback, Breaks(step)]).fit(module, loader())
-        assert same_weights(fit_from_start(callback), fit_from_start(GradualUnfreeze(HEAD_THEN_ALL))) == []
+        assert same_weights(fit_from_start(callback), fit_from_start(GradualUnfreeze(plan))) == []
         # the same module again: what was frozen when it broke trains in its stage
         witness = Witness(modes)
         quiet_trainer([callback, witness]).fit(module, loader())

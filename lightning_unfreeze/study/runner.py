@@ -1,0 +1,557 @@
+"""`Study`: which runs there are, in which order, what is on disk already, and what the runs say together."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import joblib
+import lightning.pytorch as pl
+import numpy as np
+import pandas as pd
+from lightning.pytorch.utilities import rank_zero_info
+from matplotlib.figure import Figure
+from tqdm.auto import tqdm
+
+import lightning_unfreeze
+from lightning_unfreeze.callbacks.tta import TTAEval
+from lightning_unfreeze.layer_groups import layer_groups
+from lightning_unfreeze.stages import Stage
+from lightning_unfreeze.study import statistics as st
+from lightning_unfreeze.study.analysis import Analysis, Axis, StudyInfo, skip_arm
+from lightning_unfreeze.study.arms import (
+    HEAD_ARM,
+    REFERENCE,
+    Arm,
+    BatchNormPolicy,
+    Rate,
+    Recipe,
+    arm_names,
+    make_arms,
+)
+from lightning_unfreeze.study.costs import Costs, fit_budget, kind_of, measure_costs
+from lightning_unfreeze.study.plots import PLOTS
+from lightning_unfreeze.study.records import RunLog, RunRecord, run_key
+from lightning_unfreeze.study.report import comparison_table, write_report
+from lightning_unfreeze.study.run import Bench, DataModuleFn, ModelFn, Task, execute
+from lightning_unfreeze.study.verdict import StudyVerdict, judge
+
+FIRST_TUNING_SEED = 1_000_000
+"""Tuning seeds count from here, so that no study seed is one of them."""
+POWER_SDS = (0.5, 0.7, 1.0, 1.5, 2.0)
+
+
+class Study:
+    """Drops steps of the recipe, one arm each, and compares the arms with the whole recipe on the user's own data.
+
+    Every run is one `Trainer.fit` with the package's own callbacks. Runs of a seed share training images, head, order
+    and augmentation; each arm gets the same effort of tuning on validation images; the test images are looked at once
+    per run. Finished runs are lines of `runs.jsonl` and `tuning.jsonl` in `out`: started again, a study goes on.
+
+    Args:
+        model_fn: Makes the LightningModule; called with `pretrained=False` for arms from random weights.
+        datamodule_fn: Makes the LightningDataModule, with a fixed set of test images (see `StudyData`).
+        arms: `core`, `all`, names (also separated by commas), or in Python `Arm`s.
+        seeds: Number of paired seeds, or the seeds.
+        margin: Accuracy difference (points) that does not matter to you; fixed before the first run.
+        match: Budget of the primary comparison.
+        out: Folder of the study.
+        recipe: Lengths of the whole recipe.
+        rates: `tune` tries `lr_grid` for every arm; `find` lets range tests set all rates, and charges them.
+        lr_grid: Peak rates that are tried for every arm that trains more than the head.
+        head_lr_grid: Rates that are tried for the head alone; the best one is that of every arm's head stages.
+        tuning_seeds: Seeds that tuning uses, none of them a study seed.
+        train_size: Training images of a seed; None takes all.
+        val_fraction: Share of the images that validate.
+        batch_norm: Policy of unfrozen BatchNorm in all arms but those that take the other one.
+        network: Attribute of the module that holds the network; None finds it.
+        tta_views: As `views` of `TTAEval`; no run of its own.
+        monitor: Accuracy that the module logs in validation.
+        find_steps: Steps of a range test.
+        distortion_images: Validation images on which features are compared.
+        dataset: Name of the data set, for the report.
+        pretrained_on: What the backbone was trained on, for the report.
+        trainer: Further arguments of every Trainer, such as `accelerator` or `precision`.
+        budget_seconds: Lower the seeds, then drop arms, until the study fits; None runs what was asked for.
+        n_jobs: Runs at a time.
+        backend: Joblib's backend; `dask` and `ray` need their package and a client.
+        threads: Threads of torch in a run.
+        progress: Show a bar.
+
+    Raises:
+        ValueError: For an impossible value.
+    """
+
+    def __init__(
+        self,
+        model_fn: ModelFn,
+        datamodule_fn: DataModuleFn,
+        arms: str | Sequence[str | Arm] = "core",
+        seeds: int | Sequence[int] = 10,
+        margin: float = 1.0,
+        match: Axis = "flops",
+        out: str | os.PathLike[str] = "runs/study",
+        recipe: Recipe | None = None,
+        rates: Literal["tune", "find"] = "tune",
+        lr_grid: Sequence[float] = (3e-4, 1e-3, 3e-3, 1e-2),
+        head_lr_grid: Sequence[float] = (1e-3, 3e-3, 1e-2, 3e-2),
+        tuning_seeds: int = 2,
+        train_size: int | None = None,
+        val_fraction: float = 0.2,
+        batch_norm: BatchNormPolicy = "train",
+        network: str | None = None,
+        tta_views: str | Sequence[str] = "flip",
+        monitor: str = "val_acc",
+        find_steps: int = 100,
+        distortion_images: int = 128,
+        dataset: str = "data",
+        pretrained_on: str = "what its weights say",
+        trainer: Mapping[str, Any] | None = None,
+        budget_seconds: float | None = None,
+        n_jobs: int = 1,
+        backend: str = "loky",
+        threads: int = 1,
+        progress: bool = True,
+    ) -> None:
+        given = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
+        if len(given) < 2 or len(set(given)) < len(given) or max(given) >= FIRST_TUNING_SEED or min(given) < 0:
+            raise ValueError(f"seeds={seeds!r}: give 2 or more different ones from 0 to {FIRST_TUNING_SEED - 1}.")
+        if not margin > 0:
+            raise ValueError(f"margin={margin}: give the accuracy difference (points) that does not matter to you, > 0.")
+        for name, grid in (("lr_grid", lr_grid), ("head_lr_grid", head_lr_grid)):
+            if len(grid) < 1 or min(grid) <= 0 or list(grid) != sorted(set(grid)):
+                raise ValueError(f"{name}={list(grid)}: give different rates above 0, the lowest first.")
+        if len(lr_grid) != len(head_lr_grid):
+            raise ValueError(
+                f"lr_grid has {len(lr_grid)} rates, head_lr_grid {len(head_lr_grid)}: arms get the same effort of tuning."
+            )
+        for name, value in (("tuning_seeds", tuning_seeds), ("n_jobs", n_jobs), ("threads", threads)):
+            if value < 1 and not (name == "n_jobs" and value == -1):
+                raise ValueError(f"{name}={value}: give 1 or more.")
+        if match not in ("flops", "images", "epochs"):
+            raise ValueError(f"match={match!r} is none of 'flops', 'images', 'epochs'.")
+        self.seeds, self.margin, self.match, self.out = given, margin, match, Path(out)
+        self.recipe, self.rates = recipe or Recipe(), rates
+        self.lr_grid, self.head_lr_grid = tuple(lr_grid), tuple(head_lr_grid)
+        self.tuning_seeds = [FIRST_TUNING_SEED + index for index in range(tuning_seeds)]
+        self.pretrained_on, self.budget_seconds = pretrained_on, budget_seconds
+        self.n_jobs, self.backend, self.progress = n_jobs, backend, progress
+        self.arm_specs = [
+            *[arm for arm in arms if isinstance(arm, Arm)],
+            *arm_names([arm for arm in arms if not isinstance(arm, Arm)] or REFERENCE)
+        ] if not isinstance(arms, str) else list(arm_names(arms))
+        self.bench = Bench(
+            model_fn=model_fn,
+            datamodule_fn=datamodule_fn,
+            dataset=dataset,
+            train_size=train_size,
+            val_fraction=val_fraction,
+            batch_norm=batch_norm,
+            network=network,
+            views=tta_views if isinstance(tta_views, str) else list(tta_views),
+            monitor=monitor,
+            find_steps=find_steps,
+            distortion_images=distortion_images,
+            threads=threads,
+            trainer=dict(trainer or {}),
+            code_version=lightning_unfreeze.__version__,
+        )
+
+    # --- what there is to run --------------------------------------------------------------------------------------
+
+    @cached_property
+    def _looked_at(self) -> tuple[dict[str, Arm], Costs, StudyInfo]:
+        """Arms, costs, and what the report says of the study; from the module and data of the first seed."""
+        module, data = self.bench.module(self.seeds[0]), self.bench.data(self.seeds[0])
+        groups = list(layer_groups(module, self.bench.network))
+        own = [arm for arm in self.arm_specs if isinstance(arm, Arm)]
+        wanted = [arm for arm in self.arm_specs if isinstance(arm, str)]
+        names = dict.fromkeys([REFERENCE, skip_arm(self.match), *wanted])
+        # the programs do not depend on FLOPs, but for the length of cycles: one look at the kinds, then the fit
+        shapes = make_arms([*names, HEAD_ARM], self.recipe, groups, lambda stages: 1.0)
+        stages = [stage for arm in [*shapes, *own] for stage in arm.stages]
+        stages += [dataclasses.replace(stage, precompute=False) for stage in stages]
+        views = TTAEval(views=self.bench.views, augmentation=None).num_views
+        options = {**self.bench.trainer_options, "enable_progress_bar": False}
+        costs = measure_costs(
+            {kind_of(stage): stage for stage in stages}.values(),
+            module, data, options, self.bench.network, self.bench.find_steps, views,
+        )
+
+        def flops(stages: Sequence[Stage]) -> float:
+            rate = "find" if self.rates == "find" else None
+            return costs.flops([dataclasses.replace(stage, lr=rate) for stage in stages])
+
+        replaced = {arm.name for arm in own}
+        built = make_arms([name for name in dict.fromkeys([*names, HEAD_ARM]) if name not in replaced],
+                          self.recipe, groups, flops)
+        arms = {arm.name: arm for arm in [*built, *own]}
+        info = StudyInfo(
+            dataset=self.bench.dataset,
+            n_train=len(data.train_indices),
+            n_test=data.num_test,
+            architecture=str(getattr(module, "hparams", {}).get("backbone", type(module).__name__)),
+            pretrained_on=self.pretrained_on,
+            margin=self.margin,
+            match=self.match,
+            arms=tuple(name for name in arms if name in {*names, *replaced}),
+        )
+        return arms, costs, info
+
+    @property
+    def arms(self) -> list[Arm]:
+        """The arms that are asked for, with the two of the primary comparison."""
+        arms, _, info = self._looked_at
+        return [arms[name] for name in info.arms]
+
+    @property
+    def costs(self) -> Costs:
+        """What the kinds of stages cost."""
+        return self._looked_at[1]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides a run's result, of plain JSON types; what is run, and where, is not part of it."""
+        bench = {field.name: getattr(self.bench, field.name) for field in dataclasses.fields(self.bench)}
+        bench |= {"model_fn": describe(self.bench.model_fn), "datamodule_fn": describe(self.bench.datamodule_fn)}
+        own = {name: getattr(self, name) for name in ("margin", "match", "rates", "lr_grid", "head_lr_grid")}
+        settings = {**bench, **own, "recipe": asdict(self.recipe), "tuning_seeds": self.tuning_seeds}
+        plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+        return plain
+
+    # --- plan ------------------------------------------------------------------------------------------------------
+
+    def plan(self) -> StudyPlan:
+        """Return what will be run, about how long it takes, and what it can find; trains nothing."""
+        arms, costs, info = self._looked_at
+        seconds = {name: costs.seconds(self._stages(arms[name], None, None)) for name in info.arms}
+        tuning = {name: self._tuned_runs(arms[name]) * seconds[name] for name in info.arms}
+        names, seeds, total = list(info.arms), len(self.seeds), 0.0
+        if HEAD_ARM not in names and self.rates == "tune":
+            # its rate is that of every arm's head stages
+            tuning[REFERENCE] += self._tuned_runs(arms[HEAD_ARM]) * costs.seconds(arms[HEAD_ARM].stages)
+        keep = [REFERENCE, skip_arm(self.match)]
+        total = sum(seeds * seconds[name] + tuning[name] for name in names)
+        jobs = max(1, joblib.effective_n_jobs(self.n_jobs)) if self.backend == "loky" else 1
+        total /= jobs
+        if self.budget_seconds is not None:
+            order = {name: seconds[name] for name in sorted(names, key=lambda name: name not in keep)}
+            fit = fit_budget(order, tuning, jobs * self.budget_seconds, seeds, keep)
+            names, seeds, total = [name for name in names if name in fit.arms], fit.seeds, fit.seconds / jobs
+        rows = []
+        reference = costs.flops(self._stages(arms[REFERENCE], None, None))
+        for name in names:
+            stages = self._stages(arms[name], None, None)
+            rows.append(
+                {
+                    "arm": name + (" (primary)" if name == info.primary else ""),
+                    "stages": " · ".join(_stage_words(stage) for stage in stages),
+                    "epochs": arms[name].num_epochs,
+                    "images": costs.images(stages),
+                    "GFLOPs": costs.flops(stages) / 1e9,
+                    "of full": round(costs.flops(stages) / reference, 3),
+                    "tuning runs": self._tuned_runs(arms[name]),
+                    "s per run": seconds[name],
+                }
+            )
+        return StudyPlan(tuple(names), tuple(self.seeds[:seeds]), total, tuple(rows), info)
+
+    def _tuned_runs(self, arm: Arm) -> int:
+        return 0 if self.rates == "find" or arm.rate == "fixed" else len(self._grid(arm)) * len(self.tuning_seeds)
+
+    def _grid(self, arm: Arm) -> tuple[float, ...]:
+        return self.head_lr_grid if arm.rate == "head" else self.lr_grid
+
+    # --- run -------------------------------------------------------------------------------------------------------
+
+    def run(self) -> StudyResult:
+        """Make the runs that are not on disk yet, and return what all of them say.
+
+        Raises:
+            ValueError: If the folder holds a study with other settings.
+        """
+        plan = self.plan()
+        self._claim_folder(plan)
+        arms = self._looked_at[0]
+        rates = self._tune([arms[name] for name in plan.arms])
+        log = RunLog(self.out / "runs.jsonl")
+        tasks = [
+            self._task(arms[name], seed, rates) for seed in plan.seeds for name in _shuffled(plan.arms, seed)
+        ]
+        self._make(tasks, log, "runs")
+        return self.report(plan)
+
+    def report(self, plan: StudyPlan | None = None) -> StudyResult:
+        """Write the report of the runs on disk."""
+        return load_study(self.out) if plan is None else load_study(self.out)
+
+    def _claim_folder(self, plan: StudyPlan) -> None:
+        path = self.out / "study.json"
+        settings = self.settings
+        if path.exists():
+            before = json.loads(path.read_text())["settings"]
+            changed = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
+            if changed:
+                raise ValueError(
+                    f"out={str(self.out)!r} holds a study with another {', '.join(changed)}: give another folder, or "
+                    "the settings that it was started with."
+                )
+        self.out.mkdir(parents=True, exist_ok=True)
+        info = dataclasses.replace(plan.info, arms=plan.arms)
+        text = json.dumps({"settings": settings, "info": asdict(info)}, indent=1)
+        partial = path.with_suffix(".part")
+        partial.write_text(text)
+        partial.replace(path)
+
+    def _tune(self, arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
+        """Return the tuned rate of each arm with the fields of its record, the head's first."""
+        if self.rates == "find":
+            return {}
+        log = RunLog(self.out / "tuning.jsonl")
+        head = self._looked_at[0][HEAD_ARM]
+        chosen: dict[str, dict[str, Any]] = {}
+        # the head's rate is part of the other arms, so it is there first
+        for group in ([head], [arm for arm in arms if arm.rate == "full"]):
+            tasks = {
+                arm.name: [
+                    self._tuning_task(arm, seed, rate, chosen) for rate in self._grid(arm) for seed in self.tuning_seeds
+                ]
+                for arm in group
+            }
+            # seed-major here too: a slow hour must not fall on one arm
+            order = sorted((task for each in tasks.values() for task in each), key=lambda task: task.seed)
+            records = self._make(order, log, "tuning")
+            for arm in group:
+                chosen[arm.name] = _best_rate([records[task.key] for task in tasks[arm.name]])
+        return chosen
+
+    def _stages(self, arm: Arm, head: float | None, full: float | None) -> list[Stage]:
+        """Return the arm's stages with their rates; `None` stands for a rate that is not known yet."""
+        if self.rates == "find" and arm.rate != "fixed":
+            return arm.with_rates("find", "find")
+        rates: tuple[Rate, Rate] = (head or self.head_lr_grid[0], full or self.lr_grid[0])
+        return arm.with_rates(*rates)
+
+    def _tuning_task(self, arm: Arm, seed: int, rate: float, chosen: Mapping[str, Mapping[str, Any]]) -> Task:
+        head = rate if arm.rate == "head" else chosen[HEAD_ARM]["rate"]
+        label = f"{arm.name} @ {rate:g}"
+        return Task(
+            self._key(arm, label, seed), arm, seed, tuple(self._stages(arm, head, rate)), "val", label, rate
+        )
+
+    def _task(self, arm: Arm, seed: int, rates: Mapping[str, Mapping[str, Any]]) -> Task:
+        own = HEAD_ARM if arm.rate == "head" else arm.name
+        tuned = rates.get(own) if arm.rate != "fixed" else None
+        head = rates[HEAD_ARM]["rate"] if rates else None
+        full = tuned["rate"] if tuned and arm.rate == "full" else None
+        fields = {name: value for name, value in (tuned or {}).items() if name != "rate"}
+        return Task(
+            self._key(arm, arm.name, seed),
+            arm, seed, tuple(self._stages(arm, head, full)), "test", arm.name,
+            rate=tuned["rate"] if tuned else None,
+            tuning=fields,
+        )
+
+    def _key(self, arm: Arm, label: str, seed: int) -> str:
+        return run_key({**self.settings, "arm": asdict(arm)}, label, seed, self.bench.code_version)
+
+    def _make(self, tasks: Sequence[Task], log: RunLog, what: str) -> dict[str, RunRecord]:
+        """Make the runs that the log lacks; this process is the only one that writes."""
+        records = {record.key: record for record in log.read()}
+        missing = [task for task in tasks if task.key not in records]
+        with tqdm(
+            total=len(tasks), initial=len(tasks) - len(missing), desc=what, unit="run", disable=not self.progress
+        ) as bar:
+            for record in self._results(missing):
+                log.append(record)
+                records[record.key] = record
+                bar.update()
+                bar.set_postfix_str(f"{record.arm}, seed {record.seed}: {record.acc:.1%}")
+        return records
+
+    def _results(self, tasks: Sequence[Task]) -> Iterator[RunRecord]:
+        """Yield records as they come, from as many workers as there are."""
+        if self.n_jobs == 1 and self.backend == "loky":
+            yield from (execute(task, self.bench, self.costs) for task in tasks)
+            return
+        with joblib.parallel_config(backend=self.backend, n_jobs=self.n_jobs):
+            streams = joblib.parallel.get_active_backend()[0].supports_return_generator
+            size = len(tasks) if streams else max(1, joblib.effective_n_jobs(self.n_jobs))
+            for first in range(0, len(tasks), max(1, size)):
+                # a backend that returns all at once gets a few at a time, so that a kill loses but a few
+                parallel = joblib.Parallel(
+                    return_as="generator_unordered" if streams else "list", batch_size=1, pre_dispatch="n_jobs"
+                )
+                yield from parallel(
+                    joblib.delayed(execute)(task, self.bench, self.costs) for task in tasks[first : first + size]
+                )
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """What a study will run.
+
+    Attributes:
+        arms: Names of the arms.
+        seeds: Paired seeds.
+        seconds: Predicted time of everything, tuning included.
+        rows: One per arm, for a table.
+        info: What the report says of the study.
+    """
+
+    arms: tuple[str, ...]
+    seeds: tuple[int, ...]
+    seconds: float
+    rows: tuple[dict[str, Any], ...]
+    info: StudyInfo
+
+    @property
+    def runs(self) -> int:
+        """Runs in all, tuning included."""
+        return len(self.arms) * len(self.seeds) + sum(row["tuning runs"] for row in self.rows)
+
+    def power_rows(self) -> list[dict[str, Any]]:
+        """Return what this many seeds can find, for several spreads of the paired differences (points)."""
+        margin, seeds = self.info.margin, len(self.seeds)
+        secondary = max(1, len(self.arms) - 2)
+        return [
+            {
+                "SD of the difference": sd,
+                f"detectable with {seeds} seeds": round(st.detectable_difference(sd, seeds), 2),
+                f"seeds to detect {margin:g} pt": st.seeds_to_detect(sd, margin),
+                "after Holm": st.seeds_to_detect(sd, margin, alpha=0.05 / secondary),
+                f"seeds to show equality within {margin:g} pt": st.seeds_for_equivalence(sd, margin),
+            }
+            for sd in POWER_SDS
+        ]
+
+    def sentences(self) -> list[str]:
+        """Return what to know before starting."""
+        error = st.image_standard_error(0.1, self.info.n_test)
+        found = [
+            f"{len(self.arms)} arms x {len(self.seeds)} seeds and {self.runs - len(self.arms) * len(self.seeds)} tuning "
+            f"runs: {self.runs} runs, about {_duration(self.seconds)}.",
+            f"Primary: {self.info.primary} against {self.info.reference}, margin ±{self.info.margin:g} pt.",
+            f"{self.info.n_test} test images leave up to {error:.2f} pt of standard error on new images where two arms "
+            "disagree on a tenth of them; no number of seeds removes that.",
+        ]
+        if len(self.seeds) < st.MIN_SEEDS_SIGN_FLIP:
+            found.append(f"Fewer than {st.MIN_SEEDS_SIGN_FLIP} seeds: a sign-flip p cannot be below 0.05.")
+        off = [row["arm"] for row in self.rows if "@flops" in row["arm"] and abs(row["of full"] - 1) > 0.05]
+        if off:
+            found.append(
+                f"{', '.join(off)}: whole epochs do not come within 5 % of the reference's FLOPs; longer recipes do."
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """The runs of a study, and what they say.
+
+    Attributes:
+        records: Finished runs.
+        info: What the study was.
+    """
+
+    records: tuple[RunRecord, ...]
+    info: StudyInfo
+
+    @cached_property
+    def analysis(self) -> Analysis:
+        """The comparisons."""
+        return Analysis(self.records, self.info)
+
+    def table(self) -> pd.DataFrame:
+        """Return every arm against the reference."""
+        return comparison_table(self.analysis).data
+
+    def verdict(self) -> StudyVerdict:
+        """Return the verdict, with what would change it."""
+        return judge(self.analysis)
+
+    def plot(self, name: str = "forest") -> Figure:
+        """Return one picture of the report.
+
+        Args:
+            name: Its name, as in the report.
+
+        Raises:
+            ValueError: For a picture that there is not, or that these runs do not allow.
+        """
+        found = next((spec.draw(self.analysis) for spec in PLOTS if spec.name == name), None)
+        if found is None:
+            raise ValueError(f"no picture {name!r} from these runs; there may be {', '.join(s.name for s in PLOTS)}.")
+        return found[0]
+
+    def write(self, folder: str | os.PathLike[str]) -> StudyVerdict:
+        """Write the report and return the verdict."""
+        return write_report(self.records, self.info, folder)
+
+
+def load_study(folder: str | os.PathLike[str]) -> StudyResult:
+    """Return the study of a folder, as far as it is finished.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    root = Path(folder)
+    if not (root / "study.json").is_file():
+        raise ValueError(f"{root} holds no study: there is no study.json; give the folder that `study run` wrote to.")
+    info = json.loads((root / "study.json").read_text())["info"]
+    records = RunLog(root / "runs.jsonl").read()
+    if not records:
+        raise ValueError(f"{root} holds no finished run yet.")
+    return StudyResult(tuple(records), StudyInfo(**{**info, "arms": tuple(info["arms"])}))
+
+
+def describe(function: Any) -> Any:
+    """Return what makes two functions the same ones for a study: their own word, or name and source text."""
+    if hasattr(function, "spec"):
+        return function.spec
+    try:
+        source = inspect.getsource(function)
+    except (OSError, TypeError):
+        source = ""
+    return [getattr(function, "__module__", ""), getattr(function, "__qualname__", type(function).__name__), source]
+
+
+def _shuffled(arms: Iterable[str], seed: int) -> list[str]:
+    """Return the arms in an order of the seed's own, so that none always runs first."""
+    return [str(name) for name in np.random.default_rng([7, seed]).permutation(list(arms))]
+
+
+def _best_rate(records: Sequence[RunRecord]) -> dict[str, Any]:
+    """Return the rate with the best mean validation accuracy, the lower one of equals, and the record's fields."""
+    by_rate: dict[float, list[float]] = {}
+    for record in records:
+        by_rate.setdefault(float(record.tuned_lr or 0.0), []).append(record.acc)
+    curve = tuple((rate, float(np.mean(by_rate[rate]))) for rate in sorted(by_rate))
+    best = max(curve, key=lambda point: (point[1], -point[0]))[0]
+    return {
+        "rate": best,
+        "lr_at_grid_edge": len(curve) > 1 and best in (curve[0][0], curve[-1][0]),
+        "tuning_curve": curve,
+        "tuning_images": sum(record.images for record in records),
+        "tuning_flops": sum(record.flops for record in records),
+    }
+
+
+def _stage_words(stage: Stage) -> str:
+    """Return a stage in a few characters: C2, F1+1+1, U1+2+4."""
+    letter = "C" if stage.precompute else "F" if stage.train == "head" else "U" if stage.train == "all" else "G"
+    if stage.cycle_len is None:
+        return f"{letter}{stage.num_epochs}"
+    lengths = [f"{float(length):g}" for length in stage.cycle_epochs]
+    return letter + ("+".join(lengths) if len(lengths) <= 4 else f"{len(lengths)}x{lengths[0]}")
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:.0f} s"
