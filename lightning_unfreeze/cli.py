@@ -1,4 +1,4 @@
-"""The console script `lightning-unfreeze`: LightningCLI's commands, and `plan`."""
+"""The console script `lightning-unfreeze`: LightningCLI's commands, `plan` and `lr-find`."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     arguments = [*(sys.argv[1:] if args is None else args)]
     arguments = _with_packaged_configs(arguments)
-    commands = {"plan": _plan}
+    commands = {"plan": _plan, "lr-find": _lr_find, "study": _study}
     process_argv, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns of arguments that the process has besides
     try:
         command = commands.get(arguments[0]) if arguments else None
@@ -110,6 +110,29 @@ def _plan(arguments: list[str]) -> None:
     rows = plan_rows(cli.trainer, cli.model, cli.datamodule)
     show(table_of(rows, title="plan (nothing was trained)"))
     show(f"together {sum(row['epochs'] for row in rows)} epochs, {sum(row['minutes'] for row in rows):.2g} minutes")
+
+
+def _lr_find(arguments: list[str]) -> None:
+    from lightning_unfreeze.range_tests import range_tests
+
+    cli = UnfreezeCLI(arguments, run=False)
+    results = range_tests(cli.trainer, cli.model, cli.datamodule)
+    folder = Path(cli.trainer.default_root_dir) / "lr_find"
+    for name, result in results.items():
+        write_csv(folder / f"{name}.csv", result.rows())
+        result.plot().savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
+    rows = [
+        {"stage": name, **{rule: rate or "no signal" for rule, rate in result.suggestions().items()}}
+        for name, result in results.items()
+    ]
+    show(table_of(rows, title="learning rates by each rule (nothing was trained)"))
+    show(f"curves: {folder}; each stage was tested on the weights as given, earlier stages had not trained them")
+
+
+def _study(arguments: list[str]) -> None:
+    from lightning_unfreeze.study.cli import run_command  # needs the extra `study`
+
+    run_command(arguments)
 
 
 def _write_predictions(cli: UnfreezeCLI) -> None:

@@ -30,7 +30,7 @@ from lightning_unfreeze.feature_store import (
 from lightning_unfreeze.fingerprints import dataset_fingerprint, fingerprint_of, transform_fingerprint
 from lightning_unfreeze.frozen_prefix import FrozenPrefix, advance, fingerprint
 from lightning_unfreeze.reporting import progress_bar
-from lightning_unfreeze.sandbox import batch_on_device
+from lightning_unfreeze.sandbox import batch_on_device, sandbox
 
 _CHECKED_ROWS = 4
 _Value = TypeVar("_Value")
@@ -66,7 +66,8 @@ class ViewedData:
         loader: Gives collate function, batch size and workers.
         views: The dataset with the transform of each view, view 0 first.
         raw: A collated batch.
-        form: How a batch is built.
+        form: How a batch of the loader is built.
+        step_form: How a batch is built that the step gets, after the transfer hooks.
         seed: Seed of random views.
         fingerprint: The user's own word for what the data is.
     """
@@ -76,6 +77,7 @@ class ViewedData:
     views: Sequence[Any]
     raw: Any
     form: BatchForm
+    step_form: BatchForm
     seed: int
     fingerprint: str | None = None
 
@@ -126,7 +128,8 @@ class StoredData:
 class FeaturePass:
     """Opens the store of (data, prefix), or fills it: from an earlier store where there is one, else from the images.
 
-    `open` and `fill` are collective: every rank calls them, and where one fails, all raise and no half store stays.
+    `open`, `fill` and `seconds_per_image` are collective: every rank calls them. Where one fails to fill, all raise
+    and no half store stays.
 
     Args:
         trainer: Gives device, ranks and the progress bar.
@@ -161,12 +164,13 @@ class FeaturePass:
     def open(self) -> tuple[StoredData | None, str]:
         """The finished store if it is there and true, else None; and why one that is there is not used."""
         store, problem = None, ""
-        try:
-            store = FeatureStore.open(self.directory, fingerprint=self.layout.fingerprint, verify=self.verify)
-            if not self._still_true(store):
-                problem = f"the features in {self.directory} are not what the network gives now"
-        except Exception as error:  # of the store, or of the user's dataset: the other ranks wait to hear of it
-            problem = f"{error}" if (self.directory / "manifest.json").exists() else "there is none"
+        with sandbox(self.trainer, self.pl_module):
+            try:
+                store = FeatureStore.open(self.directory, fingerprint=self.layout.fingerprint, verify=self.verify)
+                if not self._still_true(store):
+                    problem = f"the features in {self.directory} are not what the network gives now"
+            except Exception as error:  # of the store, or of the user's dataset: the other ranks wait to hear of it
+                problem = f"{error}" if (self.directory / "manifest.json").exists() else "there is none"
         problems = [one for one in gather_objects(self.trainer, problem) if one]
         if store is None or problems:
             return None, next((one for one in problems if one != "there is none"), "")
@@ -215,8 +219,10 @@ class FeaturePass:
 
     def seconds_per_image(self, earlier: StoredData | None = None) -> float:
         """Of the pass, measured on the first few images without writing them."""
-        rows = torch.arange(min(len(self.data.form.split(self.data.raw)[0]), self.layout.num_rows))
-        return seconds(lambda: list(self._batches(0, rows, earlier)), self.trainer.strategy.root_device) / len(rows)
+        rows = torch.arange(len(self.data.form.images(self.data.raw)))
+        device = self.trainer.strategy.root_device
+        with sandbox(self.trainer, self.pl_module):
+            return seconds(lambda: list(self._batches(0, rows, earlier)), device) / len(rows)
 
     def _stored(self, store: FeatureStore) -> StoredData:
         return StoredData(self.data, self.data_key, self.prefix, self.prefix_key, store)
@@ -225,7 +231,12 @@ class FeaturePass:
         missing = [writer.missing_rows(view) for view in range(len(self.data.views))]
         mine = [rows[rows % self.num_ranks == self.rank] for rows in missing]
         text = f"features of the {self.data.name} data ({self.layout.num_bytes / 2**20:.0f} MiB)"
-        with writer, progress_bar(self.trainer, text, sum(map(len, mine)), "image") as advanced:
+        # features are taken from the user's own step: what it does before the network has to leave no trace
+        with (
+            progress_bar(self.trainer, text, sum(map(len, mine)), "image") as advanced,
+            sandbox(self.trainer, self.pl_module),
+            writer,
+        ):
             for view, rows in enumerate(mine):
                 for part, tensors in self._batches(view, rows, earlier):
                     writer.write(part, tensors, view)
@@ -239,7 +250,7 @@ class FeaturePass:
     def _from_images(self, view: int, rows: Tensor) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         for part, batch in view_batches(self.data.loader, self.data.views[view], self.data.seed, view, rows):
             _, beside = self.data.form.split(batch)
-            images, _ = self.data.form.split(batch_on_device(self.trainer, self.pl_module, batch))
+            images = self.data.step_form.images(batch_on_device(self.trainer, self.pl_module, batch))
             yield part, {**self.prefix.extract(images), **beside}
 
     def _from_store(self, earlier: StoredData, view: int, rows: Tensor) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:

@@ -169,6 +169,7 @@ class FrozenPrefix:
         self.shapes = {key: leaf.shape for key, leaf in leaves.items()}
         self.dtypes = {key: leaf.dtype for key, leaf in leaves.items()}
         self._patches: contextlib.ExitStack | None = None
+        self._expected: tuple[Tensor, int] | None = None
         self._forget()
 
     def __repr__(self) -> str:
@@ -311,7 +312,7 @@ class FrozenPrefix:
 
     def _forget(self) -> None:
         self._features: dict[tuple[int, int], Tensor] = {}
-        self._expected: tuple[Tensor, int] | None = None
+        self._expected = None
         self._batch, self._device = 0, torch.device("cpu")
         self._next = len(self._calls)  # the call that comes next; len(calls): modules run their own forward
         self._inside = self._entered_once = False
@@ -695,7 +696,7 @@ def _sandbox(network: nn.Module) -> Iterator[None]:
     ]
 
     def restore_modes() -> None:
-        torch.clear_autocast_cache()  # weights cast without a graph would get no gradient in the next run
+        torch.clear_autocast_cache()  # older torch (not 2.15) would re-use weights cast without a graph
         network.train()  # the caches of such models are emptied by their train()
         for module, mode in modes:
             module.training = mode

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_unfreeze.views import Activation
 
@@ -31,8 +32,8 @@ class NetworkCall:
 class LogitsSpy:
     """Catches the one call inside the module's step that turns a batch of images into a row of logits per image.
 
-    On the first batch all submodules are watched, and of the calls that fit the outermost is taken; from then on only
-    that submodule.
+    On the first batch all submodules are watched, and of calls inside each other that fit the outermost is taken; from
+    then on only that submodule.
     """
 
     def __init__(self, pl_module: nn.Module, name: str | None) -> None:
@@ -40,22 +41,33 @@ class LogitsSpy:
         if name is not None and name not in modules:
             top = [child for child, _ in pl_module.named_children()]
             raise MisconfigurationException(f"forward={name!r} is no submodule of the module; at its top are {top}")
-        self._watched = modules if name is None else {name: modules[name]}
         self._paused = False
         self._calls: list[NetworkCall] = []
+        self._open: list[int] = []  # of the calls that are running now: how many had been caught before each
         self._features: list[Tensor] = []
-        self._handles = [
-            module.register_forward_hook(functools.partial(self._see, name), with_kwargs=True)
-            for name, module in self._watched.items()
-        ]
+        self._handles: list[RemovableHandle] = []
+        self._watch(modules if name is None else {name: modules[name]})
+
+    def _watch(self, modules: Mapping[str, nn.Module]) -> None:
+        self.close()
+        for name, module in modules.items():
+            self._handles.append(module.register_forward_pre_hook(self._enter))
+            self._handles.append(module.register_forward_hook(functools.partial(self._see, name), with_kwargs=True))
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not self._paused:
+            self._open.append(len(self._calls))
 
     def _see(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._paused or not (len(args) == 1 and isinstance(args[0], Tensor) and isinstance(output, Tensor)):
+        if self._paused:
+            return
+        first_inside = self._open.pop()
+        if not (len(args) == 1 and isinstance(args[0], Tensor) and isinstance(output, Tensor)):
             return
         given = args[0]
         if given.ndim == 4 and given.is_floating_point() and output.is_floating_point():
             if output.shape[:1] == given.shape[:1] and output.ndim in (1, 2):
-                self._calls.append(NetworkCall(name, module, given, kwargs, output))
+                self._calls[first_inside:] = [NetworkCall(name, module, given, kwargs, output)]
         elif given.ndim == 2 and any(True for _ in module.parameters()):
             # a layer with parameters that reads what another gave: those were features, not yet logits
             # (kept alive, so that no later tensor gets its address)
@@ -63,11 +75,9 @@ class LogitsSpy:
 
     def take(self) -> NetworkCall:
         """The call of the step that has just run."""
-        calls, self._calls = self._calls, []
-        inner = {part for call in calls for part in call.network.modules() if part is not call.network}
-        outermost = [call for call in calls if call.network not in inner]
+        calls, self._calls, self._open = self._calls, [], []
         features = {part.untyped_storage().data_ptr() for part in self._features}
-        found = [call for call in outermost if call.logits.untyped_storage().data_ptr() not in features]
+        found = [call for call in calls if call.logits.untyped_storage().data_ptr() not in features]
         if len(found) != 1:
             raise MisconfigurationException(_explain_calls(calls, found))
         (call,) = found
@@ -77,11 +87,8 @@ class LogitsSpy:
                 f"{noisy[:3]} of the network {call.name!r} are in training mode: dropout and BatchNorm would make the "
                 "views random; leave the module in eval mode during evaluation"
             )
-        if len(self._handles) > 1:
-            self.close()
-            self._handles = [
-                call.network.register_forward_hook(functools.partial(self._see, call.name), with_kwargs=True)
-            ]
+        if len(self._handles) > 2:
+            self._watch({call.name: call.network})
         self._features = []
         return call
 

@@ -28,6 +28,8 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 import lightning_unfreeze.digits_resnet  # noqa: F401  (registers the demo's backbone with timm)
+from lightning_unfreeze.layer_groups import layer_groups
+from lightning_unfreeze.model_families import HEAD
 
 TORCHVISION = "torchvision/"
 
@@ -94,6 +96,8 @@ class TransferClassifier(pl.LightningModule):
                 raise
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"pretrained={pretrained!r} does not fit backbone={backbone!r}: {reason}") from error
+        if pretrained:
+            _shrink_head(self.model, num_classes)
         self._data_config = {**own_config, **(data_config or {})}
         metrics: dict[str, Any] = {
             "acc": MulticlassAccuracy(num_classes, average="micro"),
@@ -226,6 +230,20 @@ def _build_torchvision(
         "crop_pct": preset.crop_size[0] / preset.resize_size[0],
         "crop_mode": "center",
     }
+
+
+def _shrink_head(model: nn.Module, num_classes: int) -> None:
+    """Small weights for the new head, as its features are good already.
+
+    Initialisations for training from scratch can be so large (0.3 for timm's MobileNets, on 1280 features) that what
+    they leave in directions the data does not span costs several points of accuracy.
+    """
+    for part in layer_groups(model)[HEAD].modules():
+        for layer in part.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d) and layer.weight.shape[0] == num_classes:
+                nn.init.trunc_normal_(layer.weight, std=0.01, a=-0.02, b=0.02)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
 
 
 def _unknown(name: str, known: Sequence[str]) -> ValueError:

@@ -17,17 +17,20 @@ from tqdm.auto import tqdm
 
 
 def report_dir(trainer: pl.Trainer) -> Path | None:
-    """Folder for tables and pictures: beside the checkpoints, else the logger's folder, else None (write nothing)."""
+    """Folder for tables and pictures: beside the checkpoints, else the logger's folder, else None (write nothing).
+
+    Not a collective call: `Trainer.log_dir` broadcasts, and would wait for ever on rank 0 alone.
+    """
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
     checkpoints = getattr(trainer.checkpoint_callback, "dirpath", None)
     if checkpoints is not None:
         return Path(checkpoints)
-    if trainer.logger is None:
-        return None
-    # not `trainer.log_dir`, which is a collective call: files are written on rank 0 alone
-    folder = getattr(trainer.logger, "log_dir", None) or trainer.logger.save_dir
-    return None if folder is None else Path(folder)
+    for logger in trainer.loggers:
+        folder = getattr(logger, "log_dir", None) or logger.save_dir
+        if folder is not None:
+            return Path(folder)
+    return None
 
 
 def save_figure(trainer: pl.Trainer, figure: Figure, name: str) -> Path | None:

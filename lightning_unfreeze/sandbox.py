@@ -146,8 +146,8 @@ def _keep_tensor(tensor: Tensor) -> _PutBack:
     def put_back() -> None:
         if version is not None and tensor._version == version:
             return
-        # a metric's state is an inference tensor where validation made it, and such are written in that mode alone
-        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        # through `detach`: a metric's state is an inference tensor where validation made it, and refuses a direct write
+        with torch.no_grad():
             tensor.detach().copy_(before)
 
     return put_back

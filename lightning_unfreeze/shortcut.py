@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
-from lightning_unfreeze.batch_form import BatchForm, NoStoreError
-from lightning_unfreeze.feature_pass import seconds
+from lightning_unfreeze.batch_form import NoStoreError
+from lightning_unfreeze.feature_pass import ViewedData, seconds
 from lightning_unfreeze.frozen_prefix import FrozenPrefix, find_prefix
 from lightning_unfreeze.sandbox import batch_on_device
 from lightning_unfreeze.seeding import keyed_rng
@@ -40,28 +40,28 @@ class Shortcut:
     stored_seconds: float
 
 
-def find_shortcut(trainer: pl.Trainer, pl_module: pl.LightningModule, raw: Any, form: BatchForm) -> Shortcut:
+def find_shortcut(trainer: pl.Trainer, pl_module: pl.LightningModule, data: ViewedData) -> Shortcut:
     """The shortcut for the module's training step, checked on a batch. To be called in a `sandbox`.
 
     Args:
         trainer: Gives device and precision.
         pl_module: The module, its frozen part in eval mode.
-        raw: A collated batch.
-        form: Its form.
+        data: Gives a batch and its form.
 
     Raises:
         NoStoreError: If there is none, with the reason.
     """
-    images, beside = form.split(batch_on_device(trainer, pl_module, raw))
+    images, beside = data.step_form.split(batch_on_device(trainer, pl_module, data.raw))
 
     def step(x: Tensor) -> Tensor:
         rows = torch.arange(len(x)) % len(images)
-        return _loss(trainer, pl_module, form.join(x, {name: v[rows.to(v.device)] for name, v in beside.items()}))
+        own = {name: value[rows.to(value.device)] for name, value in beside.items()}
+        return _loss(trainer, pl_module, data.step_form.join(x, own))
 
     prefix, reason = find_prefix(pl_module, images, step)
     if prefix is None:
         raise NoStoreError(reason)
-    check_step(trainer, pl_module, prefix, raw, form, "training_step")
+    check_step(trainer, pl_module, prefix, data, "training_step")
     with prefix.replay(prefix.extract(images)) as packed:
         stored_seconds = seconds(lambda: step(packed).backward(), images.device)  # type: ignore[no-untyped-call]
     plain_seconds = seconds(lambda: step(images).backward(), images.device)  # type: ignore[no-untyped-call]
@@ -72,8 +72,7 @@ def check_step(
     trainer: pl.Trainer,
     pl_module: pl.LightningModule,
     prefix: FrozenPrefix,
-    raw: Any,
-    form: BatchForm,
+    data: ViewedData,
     name: Literal["training_step", "validation_step"],
 ) -> None:
     """A batch through all that lies between loader and loss, both ways: transfer hooks act on features, too.
@@ -87,13 +86,13 @@ def check_step(
         "something between the loader and the network changes the images, or the step uses them in another way; do "
         "what changes images (a batch-transfer hook?) in the dataset's transform"
     )
-    images, _ = form.split(batch_on_device(trainer, pl_module, raw))
-    _, beside = form.split(raw)
-    packed = prefix.pack(prefix.extract(images)).cpu()
-    plain = _outcome(trainer, pl_module, batch_on_device(trainer, pl_module, raw), name)
+    batch = batch_on_device(trainer, pl_module, data.raw)
+    packed = prefix.pack(prefix.extract(data.step_form.images(batch))).cpu()
+    features = data.form.join(packed, data.form.split(data.raw)[1])
+    plain = _outcome(trainer, pl_module, batch, name)
     try:
         with installed(prefix):
-            stored = _outcome(trainer, pl_module, batch_on_device(trainer, pl_module, form.join(packed, beside)), name)
+            stored = _outcome(trainer, pl_module, batch_on_device(trainer, pl_module, features), name)
     except Exception as error:
         raise NoStoreError(f"{name} fails on stored features ({error}): {hint}") from error
     differing = [(key, value, stored.get(key)) for key, value in plain.items() if not _close(value, stored.get(key))]

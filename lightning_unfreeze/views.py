@@ -146,7 +146,8 @@ def merge_views(
     Each view is activated first; the merge is of probabilities and is normalised again:
 
     * `"mean"`: mean of the probabilities (fastai's rule).
-    * `"log_mean"`, `"gmean"`: mean of the log-probabilities, which is the geometric mean of the probabilities.
+    * `"log_mean"`, `"gmean"`: two names of one merge, the mean of the log-probabilities, which is the geometric mean
+      of the probabilities.
     * `"max"`: largest probability of each class.
     * `"vote"`: share of the views that chose the class; a millionth of the mean breaks ties and keeps the log finite.
 

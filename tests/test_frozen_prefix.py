@@ -517,6 +517,15 @@ def test_features__that_the_user_keeps_out_of_the_graph(style: str) -> None:
     assert_same_training(freeze(Module(style), "backbone"), torch.randn(7, 3, 32, 32))
 
 
+def test_prefix__never_goes_past_a_trainable_layer_that_gets_no_gradient() -> None:
+    """Not frozen is not constant: an average of weights, or weight decay, may still change it."""
+    module = freeze(Module("no_grad"), *(f"backbone.layer{i}" for i in (1, 2, 3, 4)))
+    module.backbone.bn1.eval()
+    prefix, reason = find_prefix(module, torch.randn(3, 3, 32, 32))
+    assert prefix is None
+    assert "no module with frozen parameters finishes before" in reason
+
+
 def test_images__changed_on_their_way_are_refused() -> None:
     module = freeze(Module("normalised step"), "backbone")
     prefix, reason = find_prefix(

@@ -228,3 +228,19 @@ def test_checkpoint__rebuilds_without_the_weights_file_and_knows_the_class_names
     assert loaded.data_config["mean"] == [0.25]
     images = torch.randn(2, 1, 32, 32)
     assert torch.equal(loaded.eval()(images), module.eval()(images))
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2_035", "torchvision/mobilenet_v3_small", "digits_resnet", "test_vit"])
+def test_head__starts_small_on_pretrained_features_only(name: str, tmp_path: Path) -> None:
+    scratch = TransferClassifier(name, num_classes=7, pretrained=False)
+    weights = tmp_path / "weights.pth"
+    torch.save(scratch.model.state_dict(), weights)
+    tuned = TransferClassifier(name, num_classes=7, pretrained=str(weights))
+    for key, value in tuned.model.state_dict().items():
+        if value.shape[:1] == (7,) and value.ndim == 2:
+            assert 0.003 < float(value.std()) < 0.011
+            assert float(value.abs().max()) <= 0.02
+        elif value.shape == (7,):
+            assert not value.any()
+        else:
+            assert torch.equal(value, scratch.model.state_dict()[key])

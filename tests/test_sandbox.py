@@ -110,6 +110,7 @@ class StepsInTheSandbox(Callback):
             with sandbox(trainer, module):
                 for group in optimizer.param_groups:
                     group["lr"] *= 10
+                module.net.head.eval()
                 for index, batch in enumerate(loader(random_images(8, seed=5), batch_size=4)):
                     optimizer.zero_grad()
                     loss = training_loss(trainer, module, batch_on_device(trainer, module, batch), index)
@@ -166,19 +167,32 @@ def test_sandbox__leaves_no_trace_in_a_run(fails: bool, at: tuple[str, ...]) -> 
 def test_sandbox__a_kept_loss_can_still_go_backward() -> None:
     class Keeps(Callback):
         def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-            weight = torch.ones(2, requires_grad=True)
-            loss = (weight * 2).square().sum()  # d/dw of (2w)^2 is 8w
+            weight = torch.zeros(2, requires_grad=True)
+            loss = weight.exp()  # its backward pass reads the value itself; at 0 the derivative is 1
             pl_module.outputs.append(loss)
             with sandbox(trainer, pl_module):
                 pl_module.outputs.clear()
             assert pl_module.outputs[0] is loss
-            loss.backward()
+            loss.sum().backward()
             assert weight.grad is not None
             self.gradient = weight.grad.tolist()
 
     keeps = Keeps()
     fit(keeps)
-    assert keeps.gradient == [8.0, 8.0]
+    assert keeps.gradient == [1.0, 1.0]
+
+
+def test_sandbox__puts_back_tensors_that_inference_made() -> None:
+    class Keeps(Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            with torch.inference_mode():
+                pl_module.plain_tensor = torch.ones(2)
+            with sandbox(trainer, pl_module), torch.inference_mode():
+                pl_module.plain_tensor.add_(1)
+            assert pl_module.plain_tensor.tolist() == [1.0, 1.0]
+            pl_module.plain_tensor = torch.zeros(2)
+
+    fit(Keeps())
 
 
 def test_sandbox__silences_log_and_callbacks_and_gives_them_back() -> None:

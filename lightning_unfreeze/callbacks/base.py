@@ -118,13 +118,16 @@ class StageCallback(Callback):
             return
         if self.run is None:  # resumed from a checkpoint of this epoch's validation: no other hook came before
             self._announce(trainer, pl_module)
+        self._end_epoch(trainer, pl_module, next_epoch=trainer.current_epoch + 1)
+
+    def _end_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, next_epoch: int) -> None:
         if self.run is None:
             return
         # every player is asked, also after one that wants to: they may count epochs, or reduce over the ranks
         wishes = [player.wants_to_end_stage(trainer, pl_module, self.run.stage) for player in players(trainer)]
         asked_to = any(wishes)
-        if asked_to or trainer.current_epoch + 1 >= self.run.end_epoch:
-            self._finish_stage(trainer, pl_module, asked_to=asked_to)
+        if asked_to or next_epoch >= self.run.end_epoch:
+            self._finish_stage(trainer, pl_module, asked_to=asked_to, next_epoch=next_epoch)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Ends a stage that the fit was stopped in."""
@@ -151,7 +154,9 @@ class StageCallback(Callback):
                 player.run = run
                 player.on_stage_start(trainer, pl_module, run.stage)
 
-    def _finish_stage(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, asked_to: bool) -> None:
+    def _finish_stage(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, asked_to: bool, next_epoch: int
+    ) -> None:
         if self.run is None:
             return
         self._end(trainer, pl_module, self.run)

@@ -316,8 +316,8 @@ def _fresh(loader: Any) -> Any:
     if not isinstance(loader, DataLoader):
         return loader
     twin = copy.copy(loader)
-    # DataLoader refuses to change these by assignment; a copy must not reset the live iterator or its workers
-    vars(twin).update(_iterator=None, persistent_workers=False)
+    # else an iterator of the copy would reset the live one, where its workers are persistent
+    vars(twin)["_iterator"] = None
     return twin
 
 

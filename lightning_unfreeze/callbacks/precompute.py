@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.utils.data import DataLoader, SequentialSampler
 
-from lightning_unfreeze.batch_form import NoStoreError
+from lightning_unfreeze.batch_form import BatchForm, NoStoreError
 from lightning_unfreeze.callbacks.base import StageCallback, StageRun, leader
 from lightning_unfreeze.datasets import transform_of, with_transform
 from lightning_unfreeze.distributed import gather_objects
@@ -31,7 +31,8 @@ from lightning_unfreeze.feature_data import (
 from lightning_unfreeze.feature_pass import FeaturePass, StoredData, ViewedData, seconds, together
 from lightning_unfreeze.feature_store import StoreDtype, prune
 from lightning_unfreeze.frozen_prefix import FrozenPrefix
-from lightning_unfreeze.sandbox import sandbox
+from lightning_unfreeze.sandbox import batch_on_device, sandbox
+from lightning_unfreeze.seeding import keyed_rng
 from lightning_unfreeze.shortcut import Shortcut, check_step, find_shortcut, installed
 from lightning_unfreeze.stages import Stage
 
@@ -167,12 +168,12 @@ class PrecomputeFeatures(StageCallback):
         data = together(trainer, lambda: self._viewed_data(trainer, run, split, loader))
         with sandbox(trainer, module), torch.enable_grad():
             if split == "train":
-                shortcut = together(trainer, lambda: find_shortcut(trainer, module, data.raw, data.form))
+                shortcut = together(trainer, lambda: find_shortcut(trainer, module, data))
                 prefix = shortcut.prefix
             else:
                 prefix, shortcut = self._stored["train"].prefix, None
                 module.eval()
-                together(trainer, lambda: check_step(trainer, module, prefix, data.raw, data.form, "validation_step"))
+                together(trainer, lambda: check_step(trainer, module, prefix, data, "validation_step"))
         root = self._root(trainer)
         work = together(trainer, lambda: FeaturePass(trainer, module, data, prefix, root, self.dtype, self.verify))
         _same_everywhere(trainer, prefix)
@@ -198,7 +199,9 @@ class PrecomputeFeatures(StageCallback):
             raise NoStoreError(f"the validation loader has a sampler of its own ({type(loader.sampler).__name__})")
         views = self._views(trainer, run, split, loader)
         raw, form = probe_batch(loader, views[0], _PROBE_IMAGES)
-        return ViewedData(split, loader, views, raw, form, self.seed, self.data_fingerprint)
+        with keyed_rng("probe"):
+            step_form = BatchForm(batch_on_device(trainer, trainer.lightning_module, raw))
+        return ViewedData(split, loader, views, raw, form, step_form, self.seed, self.data_fingerprint)
 
     def _views(self, trainer: pl.Trainer, run: StageRun, split: str, loader: DataLoader[Any]) -> list[Any]:
         """The dataset of each view that will be read, view 0 first."""
@@ -240,26 +243,24 @@ class PrecomputeFeatures(StageCallback):
         self, trainer: pl.Trainer, run: StageRun, work: FeaturePass, shortcut: Shortcut, earlier: StoredData | None
     ) -> bool:
         """Whether the pass and the epochs on features take less than the epochs on images."""
+        if self.policy == "always":
+            return True
         layout, loader, view = work.layout, work.data.loader, work.data.views[0]
-        device, probed = trainer.strategy.root_device, min(_PROBE_IMAGES, layout.num_rows)
+        probed = min(_PROBE_IMAGES, layout.num_rows)
+        with keyed_rng("probe"):
+            reading = seconds(lambda: [view[row] for row in range(probed)], trainer.strategy.root_device) / probed
         # worker processes read while the device computes; without them one waits for the other
-        reading = seconds(lambda: [view[row] for row in range(probed)], device) / probed
-        epoch = (
-            max(reading / loader.num_workers, shortcut.plain_seconds)
-            if loader.num_workers
-            else (reading + shortcut.plain_seconds)
-        )
+        waiting = max(reading / loader.num_workers - shortcut.plain_seconds, 0.0) if loader.num_workers else reading
         limit = trainer.limit_train_batches or 1.0
         num_read = limit * layout.num_rows if isinstance(limit, float) else limit * (loader.batch_size or 1)
-        epochs, num_read = run.stage.num_epochs, min(num_read, layout.num_rows)
-        passed = work.seconds_per_image(earlier) * layout.num_rows * layout.num_views
-        without = epochs * num_read * epoch
-        with_store = passed + epochs * num_read * shortcut.stored_seconds
-        pays = bool(trainer.strategy.broadcast(self.policy == "always" or with_store < without))
+        num_read = run.stage.num_epochs * min(num_read, layout.num_rows)
+        passed = together(trainer, lambda: work.seconds_per_image(earlier)) * layout.num_rows * layout.num_views
+        with_store, without = passed + num_read * shortcut.stored_seconds, num_read * (waiting + shortcut.plain_seconds)
+        pays = bool(trainer.strategy.broadcast(with_store < without))
         rank_zero_info(
-            f"stage {run.stage.name!r}: {epochs} epochs of {num_read:.0f} images are estimated at {with_store:.3g} s "
-            f"with stored features (the pass {passed:.3g} s, {layout.num_bytes / 2**20:.1f} MiB) and {without:.3g} s "
-            f"without: {'stored' if pays else 'not stored'}"
+            f"stage {run.stage.name!r}: {num_read:.0f} images in {run.stage.num_epochs} epochs are estimated at "
+            f"{with_store:.3g} s with stored features (the pass {passed:.3g} s, {layout.num_bytes / 2**20:.1f} MiB) "
+            f"and {without:.3g} s without: {'stored' if pays else 'not stored'}"
         )
         return pays
 
@@ -361,7 +362,7 @@ class PrecomputeFeatures(StageCallback):
         if split in self._stored:
             stored = self._stored[split]
             stored.prefix.remove()  # a batch that another callback skipped had no end
-            stored.prefix.install(stored.data.form.images(batch))
+            stored.prefix.install(stored.data.step_form.images(batch))
 
     def _close(self, split: str) -> None:
         if split in self._stored:

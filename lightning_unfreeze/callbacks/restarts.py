@@ -129,7 +129,7 @@ class CosineRestarts(StageCallback):
             return
         self.snapshots, self.cycle_values, self._best_weights, self._value = [], {}, None, None
         for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(other, CosineRestarts | LearningRateFinder | StochasticWeightAveraging) and other is not self:
+            if isinstance(other, LearningRateFinder | StochasticWeightAveraging):
                 raise MisconfigurationException(
                     f"{type(other).__name__} and CosineRestarts would both write the learning rates; keep one of them"
                 )

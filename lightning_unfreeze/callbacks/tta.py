@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -16,18 +15,17 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
 
 from lightning_unfreeze.callbacks.base import StageCallback, players
 from lightning_unfreeze.datasets import innermost_dataset
-from lightning_unfreeze.distributed import gather_objects
 from lightning_unfreeze.logits_spy import LogitsSpy, NetworkCall, as_logits, find_target, shape_target
-from lightning_unfreeze.random_views import RandomViews, training_augmentation
+from lightning_unfreeze.random_views import DrawingLoader, training_augmentation
 from lightning_unfreeze.reporting import save_figure
-from lightning_unfreeze.tta_result import SHEET_IMAGES, TTAResult, decisions, plot_flips, scores_of, thumbnail
+from lightning_unfreeze.tta_pass import LoaderPass, call_with, sampled_batches, snapshot_states, view_answers
+from lightning_unfreeze.tta_result import TTAResult, plot_flips, scores_of
 from lightning_unfreeze.views import (
     VIEW_SETS,
     Activation,
@@ -44,7 +42,7 @@ __all__ = ["TTAEval", "TTAResult", "merge_views"]
 View = str | Callable[[Tensor], Tensor]
 Kind = Literal["validate", "test", "predict"]
 
-_PREFIX: dict[Kind, str] = {"validate": "val", "test": "test", "predict": "predict"}
+_MERGES = (*get_args(Merge), "learnt", "learnt_per_class")
 
 
 class TTAEval(StageCallback):
@@ -52,7 +50,11 @@ class TTAEval(StageCallback):
 
     The module's `validation_step`, `test_step` and `predict_step` run as they are. The call that turns the images into
     logits is caught on the way, its result is the plain view, and the other views of the same images go through the
-    same network right after the step, joined into one forward. The plain view always takes part and is the first.
+    same network right after the step, joined into one forward. The plain view always takes part and is the first: it
+    is what the network was called with, so what the step itself does to the images is done in every view.
+
+    Random draws come from the dataset, in the loader's own worker processes and beside the plain view, so that each
+    image is decoded once. They would miss what the step or a batch-transfer hook does to the images: that is refused.
 
     Logged beside the module's own names, computed once over the whole set: `val_acc_tta`, `val_nll_tta`, `val_ece_tta`
     and each classification metric of torchmetrics that the module holds; the same for the plain view under
@@ -64,7 +66,9 @@ class TTAEval(StageCallback):
 
     During `fit` only some validations are augmented (`every`), and none of a stage with `precompute=True`, whose
     batches hold features. Where another callback lists checkpoints in `snapshots` (cosine restarts can keep one per
-    cycle), each of them answers all views, and the merge is over snapshots times views.
+    cycle), each of them answers all views, and the merge is over snapshots times views; plain is the module as it is.
+    With `CosineRestarts(ensemble=True)` in `test` the module's own answer is that of the snapshots: plain is then the
+    ensemble, and its answers to the views are merged.
 
     Sole writer of TTA metrics and merged predictions.
 
@@ -72,9 +76,9 @@ class TTAEval(StageCallback):
         views: `"flip"` (horizontal), `"five_crop"`, `"ten_crop"`, `"d4"`, `"multiscale"`, `"random"` (draws by the
             training augmentation), or a list of view names (`"hflip+rot90"`, `"scale:1.25"`, see `views.draw_view`)
             and functions from `(N, channels, H, W)` to the same.
-        merge: `"mean"`, `"log_mean"`, `"gmean"`, `"max"`, `"vote"` (see `merge_views`); or `"learnt"`, one weight per
-            view, and `"learnt_per_class"`, per view and class: validation is the split that they are fitted on, there
-            the unweighted mean is reported; test and predict use them.
+        merge: Of the probabilities: `"mean"`, `"gmean"` (also called `"log_mean"`), `"max"`, `"vote"`, see
+            `merge_views`; or `"learnt"`, one weight per view, and `"learnt_per_class"`, per view and class: validation
+            is the split that they are fitted on, there the unweighted mean is reported; test and predict use them.
         beta: Weight of the plain view, the others share the rest; `"v2"` is fastai 2's 0.25, `"v07"` fastai 0.7's
             rule, one plain vote for every four others. None: all views alike.
         num_random: Draws per image for `"random"`.
@@ -118,17 +122,15 @@ class TTAEval(StageCallback):
         self.views = _extra_views(views)
         self.random = views == "random"
         self.num_views = 1 + (num_random if self.random else len(self.views))
-        if merge not in ("mean", "log_mean", "gmean", "max", "vote", "learnt", "learnt_per_class"):
-            raise ValueError(
-                f"merge={merge!r} is none of 'mean', 'log_mean', 'gmean', 'max', 'vote', 'learnt', 'learnt_per_class'"
-            )
+        if merge not in _MERGES:
+            raise ValueError(f"merge={merge!r} is none of {', '.join(map(repr, _MERGES))}")
         for option, value in {"num_random": num_random, "chunk_size": chunk_size, "crop_px": crop_px}.items():
             if value is not None and value < 1:
                 raise ValueError(f"{option}={value} has to be at least 1")
         if every != "stage_end" and (isinstance(every, str) or every < 1):
             raise ValueError(f"every={every!r} is not 'stage_end' or a number of epochs of at least 1")
-        if not on or set(on) - set(_PREFIX):
-            raise ValueError(f"on={on!r} has to name at least one of {tuple(_PREFIX)} and nothing else")
+        if not on or set(on) - set(get_args(Kind)):
+            raise ValueError(f"on={on!r} has to name at least one of {get_args(Kind)} and nothing else")
         if activation not in ("auto", "softmax", "sigmoid"):
             raise ValueError(f"activation={activation!r} is none of 'auto', 'softmax', 'sigmoid'")
         if beta is not None and merge in ("max", "learnt", "learnt_per_class"):
@@ -144,11 +146,26 @@ class TTAEval(StageCallback):
         self.temperature = 1.0
         self._fitted_on: object = None
         self._spy: LogitsSpy | None = None
-        self._loaders: list[_LoaderPass] = []
+        self._loaders: list[LoaderPass] = []
         self._members: list[dict[str, Tensor]] | None = None
         self._predict_step: Callable[..., Any] | None = None
 
     # --- the three kinds of run ------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """For random views, puts a `DrawingLoader` around each evaluation loader as Lightning gets it ready."""
+        super().setup(trainer, pl_module, stage)
+        if not self.random:
+            return
+        process = trainer.strategy.process_dataloader
+
+        def process_and_draw(loader: object) -> object:
+            processed = process(loader)
+            draws = isinstance(processed, DataLoader) and not trainer.training
+            return DrawingLoader(processed) if draws else processed  # type: ignore[arg-type]
+
+        # Lightning (2.6) hands each loader to the strategy last, with the distributed sampler in place
+        vars(trainer.strategy)["process_dataloader"] = process_and_draw
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts watching the network, where this validation is augmented."""
@@ -217,13 +234,15 @@ class TTAEval(StageCallback):
         self._stop(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leaves no hook on the module."""
+        """Leaves nothing behind on the module and the strategy."""
         self._stop(pl_module)
+        vars(trainer.strategy).pop("process_dataloader", None)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leaves no hook on the module."""
+        """Leaves nothing behind on the module and the strategy."""
         super().teardown(trainer, pl_module, stage)
         self._stop(pl_module)
+        vars(trainer.strategy).pop("process_dataloader", None)
 
     def state_dict(self) -> dict[str, Any]:
         """Learnt weights travel with the checkpoint."""
@@ -262,14 +281,14 @@ class TTAEval(StageCallback):
         flat = CombinedLoader(loaders, "sequential").flattened
         if self.merge.startswith("learnt") and kind != "validate":
             self._check_learnt(flat)
-        self._loaders = [_LoaderPass(loader, _sampled_batches(loader)) for loader in flat]
+        self._loaders = [LoaderPass(loader, sampled_batches(loader)) for loader in flat]
         if trainer.world_size > 1 and any(loader.batches is None for loader in self._loaders):
             rank_zero_warn(
                 "TTAEval: the order of a loader's samples is not known: samples that the distributed sampler repeats "
                 "are counted as often as they come; use a map-style dataset without shuffling"
             )
         if self.random:
-            self._start_random(trainer, pl_module)
+            self._start_random(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             rank_zero_info(f"TTAEval: this validation is augmented, {self.num_views} views")
         self._spy = LogitsSpy(pl_module, self.forward)
@@ -279,6 +298,9 @@ class TTAEval(StageCallback):
             self._spy.close()
         if self._predict_step is not None:
             del pl_module.predict_step  # the class's own comes back
+        for loader in self._loaders:
+            if isinstance(loader.loader, DrawingLoader):
+                loader.loader.stop()
         self._spy, self._predict_step, self._members, self._loaders = None, None, None, []
 
     def _check_learnt(self, loaders: Sequence[Any]) -> None:
@@ -294,29 +316,29 @@ class TTAEval(StageCallback):
                 "validate on one split and test on another"
             )
 
-    def _view_logits(self, trainer: pl.Trainer, pl_module: pl.LightningModule, dataloader_idx: int) -> _Answers:
-        """Logits of all views of the batch that the module's step has just seen."""
-        spy = self._spy
-        if spy is None:
+    def _view_logits(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, dataloader_idx: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of all views `(V, N, C)` of the batch that the step has just seen, its images, its indices."""
+        if self._spy is None:
             raise RuntimeError("TTAEval watches no network; this is called inside an augmented run only")
-        call = spy.take()
+        call = self._spy.take()
         loader = self._loaders[dataloader_idx]
-        views = self._random_views(loader, call) if loader.draws is not None else self._named_views()
+        views = self._random_views(loader, call) if self.random else self._named_views()
         if self._members is None:
-            self._members = _snapshot_states(trainer, call)
-        networks = [functools.partial(call.network, **call.kwargs)]
-        for state in self._members:
-            networks.append(functools.partial(_call_with, call, state))
+            self._members = snapshot_states(_snapshots(trainer), call)
+        networks: list[Callable[[Tensor], Tensor]] = [functools.partial(call.network, **call.kwargs)]
+        networks += [functools.partial(call_with, call, state) for state in self._members]
         chunk_size = self.chunk_size or (1 if call.images.device.type == "cpu" else self.num_views)
         answers = [call.logits]
-        with spy.paused(), torch.no_grad(), trainer.precision_plugin.forward_context():
-            for position, network in enumerate(networks):
+        with self._spy.paused(), torch.no_grad(), trainer.precision_plugin.forward_context():
+            for member, network in enumerate(networks):
                 # the step itself has answered the plain view with the current weights
-                todo = views if position == 0 else [_plain, *views]
-                answers += _answers(network, call.images, todo, chunk_size)
+                todo = views if member == 0 else [_plain, *views]
+                answers += view_answers(network, call.images, todo, chunk_size)
         logits = torch.stack([answer.reshape(len(call.images), -1) for answer in answers])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return _Answers(logits, call.images, loader.next_index(len(call.images)))
+        return logits, call.images, loader.next_index(len(call.images))
 
     def _named_views(self) -> list[Callable[[Tensor], Tensor]]:
         return [
@@ -329,6 +351,11 @@ class TTAEval(StageCallback):
         if self.merge.startswith("learnt"):
             if kind == "val" or self.weights is None:
                 return merge_views(logits, "mean", activation=activation)
+            if len(self.weights) != len(logits):
+                raise MisconfigurationException(
+                    f"merge={self.merge!r}: weights were fitted to {len(self.weights)} answers per image (views times "
+                    f"snapshots), here are {len(logits)}; validate again with these views and snapshots"
+                )
             return merge_views(logits / self.temperature, "mean", self.weights, activation)
         weights = None if self._beta_weights is None else torch.tensor(self._beta_weights * copies)
         return merge_views(logits, self.merge, weights, activation)  # type: ignore[arg-type]
@@ -341,35 +368,30 @@ class TTAEval(StageCallback):
         return "sigmoid" if logits.shape[-1] == 1 or has_labels or has_bce else "softmax"
 
     def _collect(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, dataloader_idx: int) -> None:
-        answers = self._view_logits(trainer, pl_module, dataloader_idx)
-        target = find_target(batch, len(answers.images), self.target)
-        activation = self._resolve_activation(pl_module, answers.logits, target)
-        logits = as_logits(answers.logits, activation)
+        logits, images, index = self._view_logits(trainer, pl_module, dataloader_idx)
+        target = find_target(batch, len(images), self.target)
+        activation = self._resolve_activation(pl_module, logits, target)
+        logits = as_logits(logits, activation)
         target = shape_target(target, logits.shape[-1], activation)
         loader = self._loaders[dataloader_idx]
         loader.activation = activation
         prefix = "test" if trainer.testing else "val"
         plain, merged = merge_views(logits[:1], activation=activation), self._merge(logits, activation, prefix)
-        rows = {"index": answers.index, "target": target, "plain": plain, "merged": merged}
+        rows = {"index": index, "target": target, "plain": plain, "merged": merged}
         rows |= uncertainty(logits, activation)
         if self.merge.startswith("learnt") and prefix == "val":
             rows["logits"] = logits.transpose(0, 1)
-        loader.rows.append({name: value.cpu() for name, value in rows.items()})
-        if self.figure and trainer.is_global_zero:
-            before, after = (decisions(part, activation) == target for part in (plain, merged))
-            flipped = (before != after).reshape(len(target), -1).any(1).nonzero().flatten().tolist()
-            for row in flipped[: 2 * SHEET_IMAGES]:
-                loader.sheet[int(answers.index[row])] = thumbnail(answers.images[row])
+        loader.add(rows, images if self.figure else None)
 
     def _predict(self, trainer: pl.Trainer, pl_module: pl.LightningModule, dataloader_idx: int) -> dict[str, Tensor]:
-        answers = self._view_logits(trainer, pl_module, dataloader_idx)
-        activation = self._resolve_activation(pl_module, answers.logits, None)
-        logits = as_logits(answers.logits, activation)
+        logits, _, index = self._view_logits(trainer, pl_module, dataloader_idx)
+        activation = self._resolve_activation(pl_module, logits, None)
+        logits = as_logits(logits, activation)
         per_view = logits.softmax(-1) if activation == "softmax" else logits.sigmoid()
         return {
             "probs": self._merge(logits, activation, "predict").exp(),
             "spread": per_view.std(0, correction=0),
-            "index": answers.index,
+            "index": index,
         }
 
     # --- the whole set ---------------------------------------------------------------------------------------------
@@ -378,7 +400,7 @@ class TTAEval(StageCallback):
         if self._spy is None:
             return
         for position, loader in enumerate(self._loaders):
-            rows = _whole_set(trainer, loader)
+            rows = loader.whole_set(trainer)
             if rows is None:
                 continue
             suffix = f"/dataloader_idx_{position}" if len(self._loaders) > 1 else ""
@@ -396,47 +418,39 @@ class TTAEval(StageCallback):
             for name, value in result.metrics.items():
                 # every rank holds the same number: their largest is that number, where a mean would round
                 pl_module.log(name + suffix, value, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="max")
-            if self.figure and trainer.is_global_zero:
+            sheet = loader.whole_sheet(trainer) if self.figure else None
+            if sheet is not None and trainer.is_global_zero:
                 classes = getattr(innermost_dataset(loader.dataset), "classes", None)
-                picture = plot_flips(result, loader.sheet, classes, f"{prefix}{suffix}, {self.num_views} views")
+                picture = plot_flips(result, sheet, classes, f"{prefix}{suffix}, {self.num_views} views")
                 save_figure(trainer, picture, "tta" + suffix.replace("/", "_"))
         self._stop(pl_module)
 
     # --- random views ----------------------------------------------------------------------------------------------
 
-    def _start_random(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # draws come from the dataset and would pass by what these hooks do to a batch
-        for hook in ("on_before_batch_transfer", "on_after_batch_transfer"):
-            owners = (pl_module, getattr(trainer, "datamodule", None))
-            if any(owner is not None and is_overridden(hook, owner) for owner in owners):
-                raise MisconfigurationException(
-                    f"views='random' draws in the dataset, but {hook} changes the batches after it; move that into the "
-                    "dataset's transform or into the network, or use deterministic views"
-                )
+    def _start_random(self, trainer: pl.Trainer) -> None:
         augmentation = self.augmentation or training_augmentation(trainer)
         for loader in self._loaders:
-            if loader.batches is None:
+            if loader.batches is None or not isinstance(loader.loader, DrawingLoader):
                 raise MisconfigurationException(
-                    "views='random' reads each sample again by its index, and the order of this loader is not known; "
-                    "use a map-style dataset without shuffling, or deterministic views"
+                    "views='random' draws each sample by its index, and the order of this loader is not known; use a "
+                    "map-style dataset in a DataLoader without shuffling, or deterministic views"
                 )
-            source: DataLoader[Any] = loader.loader
-            dataset = RandomViews(loader.dataset, augmentation, self.num_views - 1, self.seed)
-            # a generator of its own: the seed of the worker processes is not drawn from the run's random numbers
-            draws = DataLoader(
-                dataset,
-                batch_sampler=loader.batches,
-                num_workers=source.num_workers,
-                pin_memory=source.pin_memory,
-                generator=torch.Generator(),
-            )
-            loader.draws = iter(draws)
+            loader.loader.start(augmentation, self.num_views - 1, self.seed)
 
     @staticmethod
-    def _random_views(loader: _LoaderPass, call: NetworkCall) -> list[Callable[[Tensor], Tensor]]:
-        if loader.draws is None:
-            raise RuntimeError("no random draws were started for this loader")
-        drawn = next(loader.draws).to(call.images.device, call.images.dtype, non_blocking=True)
+    def _random_views(loader: LoaderPass, call: NetworkCall) -> list[Callable[[Tensor], Tensor]]:
+        if loader.loader.current is None:
+            raise RuntimeError("the batch was read before the random draws were started")
+        batch, draws = loader.loader.current
+        if loader.seen_batches == 0:
+            given = [leaf.to(call.images) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+            if not any(torch.equal(leaf, call.images) for leaf in given):
+                raise MisconfigurationException(
+                    "views='random' draws in the dataset, and between the loader and the network the images are "
+                    "changed (in the step, or in a batch-transfer hook), which the draws would miss; move that into "
+                    "the dataset's transform or into the network's forward, or use deterministic views"
+                )
+        drawn = draws.to(call.images.device, call.images.dtype, non_blocking=True)
         return [functools.partial(_take, drawn[:, view]) for view in range(drawn.shape[1])]
 
 
@@ -473,43 +487,14 @@ def _beta_weights(beta: float | str | None, num_views: int) -> list[float] | Non
     return [beta] + [(1 - beta) / others] * others
 
 
-@dataclass
-class _Answers:
-    logits: Tensor
-    images: Tensor
-    index: Tensor
-
-
-def _call_with(call: NetworkCall, state: dict[str, Tensor], images: Tensor) -> Tensor:
-    """The network of `call` under other weights."""
-    answer: Tensor = torch.func.functional_call(call.network, state, (images,), call.kwargs)
-    return answer
-
-
-def _snapshot_states(trainer: pl.Trainer, call: NetworkCall) -> list[dict[str, Tensor]]:
-    """Weights of the network in each checkpoint that a callback lists in `snapshots`, less those in force now."""
+def _snapshots(trainer: pl.Trainer) -> list[Path]:
+    """The checkpoints that callbacks list in `snapshots`."""
     paths: list[Path] = []
     for player in players(trainer):
         if trainer.testing and getattr(player, "ensemble", False):
             continue  # it puts its snapshots into the module's own forward, which gives all views
-        listed = getattr(player, "snapshots", None)
-        paths += list(listed) if isinstance(listed, list | tuple) else []
-    prefix = f"{call.name}." if call.name else ""
-    current = call.network.state_dict()
-    states = []
-    for path in paths:
-        loaded = torch.load(path, map_location=call.images.device, weights_only=True)
-        loaded = loaded.get("state_dict", loaded)
-        state = {name.removeprefix(prefix): value for name, value in loaded.items() if name.startswith(prefix)}
-        if state.keys() != current.keys():
-            differing = sorted(state.keys() ^ current.keys())[:3]
-            raise MisconfigurationException(
-                f"snapshot {path} does not hold the network {call.name!r}: {differing} are in one only; take it "
-                "out of the snapshots, or train anew"
-            )
-        if not all(torch.equal(state[name], current[name]) for name in current):
-            states.append(state)
-    return states
+        paths += getattr(player, "snapshots", [])
+    return paths
 
 
 def _plain(images: Tensor) -> Tensor:
@@ -518,95 +503,3 @@ def _plain(images: Tensor) -> Tensor:
 
 def _take(drawn: Tensor, images: Tensor) -> Tensor:
     return drawn
-
-
-def _answers(
-    network: Callable[[Tensor], Tensor],
-    images: Tensor,
-    views: Iterable[Callable[[Tensor], Tensor]],
-    chunk_size: int,
-) -> list[Tensor]:
-    """Logits of each view; views of one size are joined into one forward, `chunk_size` of them at most."""
-    answers: list[Tensor] = []
-    chunk: list[Tensor] = []
-
-    def run_chunk() -> None:
-        if not chunk:
-            return
-        try:
-            joined = network(torch.cat(chunk) if len(chunk) > 1 else chunk[0])
-        except (RuntimeError, AssertionError, ValueError) as error:
-            if chunk[0].shape == images.shape:
-                raise
-            raise MisconfigurationException(
-                f"the network refuses a view of {chunk[0].shape[-2]}x{chunk[0].shape[-1]} px where the batch holds "
-                f"{images.shape[-2]}x{images.shape[-1]} px: {error}; use views of one size (views='flip', or crops "
-                "with crop_px=None), or a network without a fixed input size"
-            ) from error
-        answers.extend(joined.chunk(len(chunk)))
-        chunk.clear()
-
-    for view in views:
-        try:
-            drawn = view(images)
-        except ValueError as error:
-            raise MisconfigurationException(f"TTAEval: {error}") from error
-        if chunk and (drawn.shape != chunk[0].shape or len(chunk) == chunk_size):
-            run_chunk()
-        chunk.append(drawn)
-    run_chunk()
-    return answers
-
-
-# --- what a loader holds ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _LoaderPass:
-    """One loader during one pass: which samples come, and what was found of them on this rank."""
-
-    loader: Any
-    batches: list[list[int]] | None
-    rows: list[dict[str, Tensor]] = field(default_factory=list)
-    sheet: dict[int, Tensor] = field(default_factory=dict)
-    activation: Activation = "softmax"
-    draws: Iterator[Tensor] | None = None
-    seen_batches: int = 0
-    seen_samples: int = 0
-
-    @property
-    def dataset(self) -> Any:
-        return getattr(self.loader, "dataset", None)
-
-    def next_index(self, num_samples: int) -> Tensor:
-        """Places in the dataset of the batch that has just run; running numbers where the order is not known."""
-        first, self.seen_samples = self.seen_samples, self.seen_samples + num_samples
-        batch, self.seen_batches = self.seen_batches, self.seen_batches + 1
-        return torch.arange(first, first + num_samples) if self.batches is None else torch.tensor(self.batches[batch])
-
-
-def _sampled_batches(loader: Any) -> list[list[int]] | None:
-    """The indices of this rank's batches, in order; None where the order is random or there are no indices."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        return None
-    # Lightning 2.6 puts `_IndexBatchSamplerWrapper` around it for predict, and iterating that one clears its record
-    batch_sampler: Any = getattr(loader.batch_sampler, "_batch_sampler", loader.batch_sampler)
-    if batch_sampler is None or isinstance(getattr(batch_sampler, "sampler", None), RandomSampler):
-        return None
-    with isolate_rng(include_cuda=False):
-        first, second = (list(map(list, batch_sampler)) for _ in range(2))
-    return first if first == second else None
-
-
-def _whole_set(trainer: pl.Trainer, loader: _LoaderPass) -> dict[str, Tensor] | None:
-    """The rows of all ranks in the order of their index, each sample once."""
-    own = {name: torch.cat([rows[name] for rows in loader.rows]) for name in (loader.rows[0] if loader.rows else ())}
-    shards = [shard for shard in gather_objects(trainer, own) if shard]
-    if not shards:
-        return None
-    rows = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
-    order = rows["index"].argsort(stable=True)
-    if trainer.world_size > 1 and loader.batches is not None:
-        index = rows["index"][order]
-        order = order[torch.cat([index.new_ones(1, dtype=torch.bool), index[1:] != index[:-1]])]
-    return {name: value[order] for name, value in rows.items()}

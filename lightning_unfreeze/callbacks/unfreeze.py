@@ -239,7 +239,7 @@ class GradualUnfreeze(StageCallback):
         """The stage of the coming epoch, and where it started."""
         resumed = trainer.global_step > self._start_step or trainer.current_epoch > self._start_epoch
         resumed = resumed and not self._restaged
-        stage, following = (*self.stages[self._index : self._index + 2], None)[:2]
+        stage, following = self.stages[self._index], next(iter(self.stages[self._index + 1 :]), None)
         return StageRun(self._index, stage, self._start_epoch, self._start_step, resumed, following=following)
 
     def enter_stage(self, trainer: pl.Trainer) -> StageRun:
@@ -290,11 +290,16 @@ class GradualUnfreeze(StageCallback):
             set_rng_state(before)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Ends a stage whose last batch is in the checkpoint, but not its end (Lightning goes on in the next epoch)."""
-        run = self.current_run(trainer)
-        if trainer.current_epoch >= run.end_epoch and run.index + 1 < len(self.stages):
+        """Makes up for the end of an epoch whose last batch is in the checkpoint, but not its end.
+
+        Lightning goes on in the next epoch then, without validation, by which a stage with `until` is judged.
+        """
+        lost = self._loaded is not None and self._loaded["epoch_end_lost"]
+        if lost or trainer.current_epoch >= self.current_run(trainer).end_epoch:
             self._announce(trainer, pl_module)
-            self._finish_stage(trainer, pl_module, asked_to=False, next_epoch=trainer.current_epoch)
+            if lost:
+                _validate_again(trainer)
+            self._end_epoch(trainer, pl_module, next_epoch=trainer.current_epoch)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts a stage, and sets the random state of the epoch."""
@@ -331,14 +336,13 @@ class GradualUnfreeze(StageCallback):
         seed_all("epoch", self._seed or 0, epoch, trainer.global_rank)
 
     def _finish_stage(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, asked_to: bool, next_epoch: int | None = None
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, asked_to: bool, next_epoch: int
     ) -> None:
         run = self.run
         if run is None:
             return
         broadcast_buffers(trainer)
         self._end(trainer, pl_module, run)
-        next_epoch = trainer.current_epoch + 1 if next_epoch is None else next_epoch
         self._close_row(trainer, run, next_epoch)
         if run.index + 1 < len(self.stages):
             self._index, self._start_epoch, self._start_step = run.index + 1, next_epoch, trainer.global_step
@@ -491,7 +495,10 @@ class GradualUnfreeze(StageCallback):
                 "the checkpoint was not written by a run with GradualUnfreeze, so its optimizer does not fit the "
                 "stages; load its weights (`load_from_checkpoint`) and fit without ckpt_path"
             )
-        self._loaded = {**state, "next_epoch": _next_epoch(checkpoint["loops"]["fit_loop"])}
+        fit_loop = checkpoint["loops"]["fit_loop"]
+        lost = _epoch_end_lost(fit_loop)
+        epochs = int(fit_loop["epoch_progress"]["current"]["processed"])
+        self._loaded = {**state, "next_epoch": epochs + lost, "epoch_end_lost": lost}
 
     def _take_over(self, trainer: pl.Trainer, state: dict[str, Any]) -> None:
         ours = {name: [n for n, _ in group.named_parameters()] for name, group in self.groups.items()}
@@ -536,17 +543,34 @@ class GradualUnfreeze(StageCallback):
         self._entered, self._loaded = None, None
 
 
-def _next_epoch(fit_loop: dict[str, Any]) -> int:
-    """The epoch whose order is drawn first after a resume.
+def _epoch_end_lost(fit_loop: dict[str, Any]) -> bool:
+    """Whether a checkpoint was saved in `on_train_batch_end` of an epoch's last batch.
 
-    Lightning takes an epoch whose last batch was saved in `on_train_batch_end` for finished. Read from the loop's state
-    in the checkpoint, which has no public form; guarded by `test_resume__goes_on_as_if_never_stopped`
-    (Lightning 2.5 to 2.6).
+    Lightning takes such an epoch for finished. Read from the loop's state in the checkpoint, which has no public form;
+    guarded by `test_resume__goes_on_as_if_never_stopped` (Lightning 2.5 to 2.6).
     """
-    epochs = fit_loop["epoch_progress"]["current"]["processed"]
     batches = fit_loop["epoch_loop.batch_progress"]
     saved_at_batch_end = batches["total"]["completed"] == batches["total"]["processed"] - 1
-    return int(epochs + (saved_at_batch_end and batches["is_last_batch"]))
+    return bool(saved_at_batch_end and batches["is_last_batch"])
+
+
+def _validate_again(trainer: pl.Trainer) -> None:
+    """The validation of the epoch before, from the weights that it would have had.
+
+    There is no public way to validate inside a fit; guarded by
+    `test_resume__makes_up_for_a_lost_epoch_end` (Lightning 2.5 to 2.6).
+    """
+    every_epochs, every_batches = trainer.check_val_every_n_epoch, trainer.val_check_batch
+    at_epoch_end = bool(every_batches) and trainer.num_training_batches % every_batches == 0
+    if not trainer.enable_validation or not at_epoch_end or not every_epochs or trainer.current_epoch % every_epochs:
+        return
+    before = rng_state()
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.restarting = False
+    trainer.validating = True
+    loop.run()
+    trainer.training = True
+    set_rng_state(before)
 
 
 def _parameters_that_never_train(groups: dict[str, LayerGroup]) -> set[nn.Parameter]:

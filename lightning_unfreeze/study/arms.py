@@ -62,7 +62,9 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("cached_epochs", "augmented_epochs", "cycle_len", "cycle_mult", "num_cycles"):
             if getattr(self, name) < 1:
-                raise ValueError(f"recipe.{name}={getattr(self, name)}: give 1 or more; arms drop steps, recipes do not.")
+                raise ValueError(
+                    f"recipe.{name}={getattr(self, name)}: give 1 or more; arms drop steps, recipes do not."
+                )
         if not 0 < self.lr_factor <= 1:
             raise ValueError(f"recipe.lr_factor={self.lr_factor}: give a factor in (0, 1].")
 
@@ -146,7 +148,9 @@ def arm_names(arms: str | Sequence[str]) -> tuple[str, ...]:
     names = [name for part in parts for name in {"core": CORE, "all": ALL}.get(part, (part,))]
     unknown = [name for name in names if name not in ALL]
     if unknown or not names:
-        raise ValueError(f"arms={arms!r}: {unknown or 'nothing'} is no arm; give core, all, or some of {', '.join(ALL)}.")
+        raise ValueError(
+            f"arms={arms!r}: {unknown or 'nothing'} is no arm; give core, all, or some of {', '.join(ALL)}."
+        )
     return tuple(dict.fromkeys(names))
 
 

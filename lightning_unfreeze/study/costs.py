@@ -7,16 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_unfreeze.callbacks.precompute import PrecomputeFeatures
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.plan import plan_rows
 from lightning_unfreeze.stages import Stage
-from lightning_unfreeze.study import statistics as st
 from lightning_unfreeze.study.data import StudyData
-
-MIN_ARMS = 2
 
 
 @dataclass(frozen=True)
@@ -156,61 +152,3 @@ def _reading_seconds(data: StudyData) -> float:
     for index in range(count):
         dataset[index % len(data.train_indices)]
     return (time.perf_counter() - start) / count
-
-
-@dataclass(frozen=True)
-class BudgetFit:
-    """What of a study fits into a time budget.
-
-    Attributes:
-        arms: Arms that are run.
-        seeds: Seeds per arm.
-        seconds: Predicted time.
-    """
-
-    arms: tuple[str, ...]
-    seeds: int
-    seconds: float
-
-
-def fit_budget(
-    seconds: Mapping[str, float],
-    tuning_seconds: Mapping[str, float],
-    budget_seconds: float,
-    seeds: int,
-    keep: Sequence[str],
-) -> BudgetFit:
-    """Lower the seeds first, to no less than a sign-flip test needs, then drop arms from the last one, then seeds.
-
-    Args:
-        seconds: Predicted seconds of one run, by arm, in order of importance.
-        tuning_seconds: Of tuning the arm.
-        budget_seconds: What there is.
-        seeds: Seeds that were asked for.
-        keep: Arms that are never dropped: the two of the primary comparison.
-
-    Raises:
-        ValueError: If two seeds of the arms to keep do not fit.
-
-    >>> fit_budget({"full9": 10, "skip34@flops": 10, "gradual": 10}, {}, 130, 10, ["full9", "skip34@flops"])
-    BudgetFit(arms=('full9', 'skip34@flops'), seeds=6, seconds=120)
-    """
-
-    def needed(arms: Sequence[str], count: int) -> float:
-        return sum(count * seconds[arm] + tuning_seconds.get(arm, 0.0) for arm in arms)
-
-    arms, count = list(seconds), seeds
-    while needed(arms, count) > budget_seconds:
-        droppable = [arm for arm in arms if arm not in keep]
-        if count > st.MIN_SEEDS_SIGN_FLIP or (not droppable and count > MIN_ARMS):
-            count -= 1
-        elif droppable:
-            arms.remove(droppable[-1])
-        else:
-            raise ValueError(
-                f"budget={budget_seconds:.0f} s: {count} seeds of {' and '.join(keep)} take about "
-                f"{needed(arms, count):.0f} s; give more time, fewer epochs, images or tuning seeds."
-            )
-    if count < st.MIN_SEEDS_SIGN_FLIP < seeds:
-        rank_zero_warn(f"the budget leaves {count} seeds: no sign-flip p can be below 0.05 with fewer than 6.")
-    return BudgetFit(tuple(arms), count, needed(arms, count))

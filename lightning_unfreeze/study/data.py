@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import numpy as np
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from sklearn.model_selection import train_test_split
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
 from lightning_unfreeze.data import ImageDataset, make_transform
 from lightning_unfreeze.loaders import EpochSampler, KeyedDataset, ResumableLoader
@@ -85,10 +85,9 @@ class StudyData(pl.LightningDataModule):
     def _split_images(self) -> None:
         base: Any = self.base
         try:
-            test, pools = base.dataset("test"), ("train", "val")
+            test, parts = base.dataset("test"), [base.dataset("train"), base.dataset("val")]
         except MisconfigurationException:
-            test, pools = base.dataset("val"), ("train",)
-        parts = [base.dataset(split) for split in pools]
+            test, parts = base.dataset("val"), [base.dataset("train")]
         images = [image for part in parts for image in part.images]
         targets = [target for part in parts for target in part.targets]
         rest, val = train_test_split(
@@ -107,12 +106,15 @@ class StudyData(pl.LightningDataModule):
 
         def chosen(indices: list[int], transform: Any) -> ImageDataset:
             return ImageDataset(
-                [images[index] for index in indices], [targets[index] for index in indices], transform, test.num_channels
+                [images[index] for index in indices],
+                [targets[index] for index in indices],
+                transform,
+                test.num_channels,
             )
 
-        self._train: Dataset[Any] = chosen(self.train_indices, augmented)
-        self._val: Dataset[Any] = chosen(self.val_indices, parts[0].transform)
-        self._test: Dataset[Any] = test
+        self._train: Any = chosen(self.train_indices, augmented)
+        self._val: Any = chosen(self.val_indices, parts[0].transform)
+        self._test: Any = test
         self._options = {"batch_size": base.batch_size, "num_workers": base.num_workers}
 
     def _take_loaders(self) -> None:
@@ -131,7 +133,7 @@ class StudyData(pl.LightningDataModule):
                 f"a study needs a train, a val and a test loader with a dataset, {type(self.base).__name__} lacks "
                 f"{', '.join(missing)}: tuning and the time to the target use val, and test is looked at once."
             )
-        train = loaders["train"].dataset
+        train: Any = loaders["train"].dataset
         train = train.dataset if isinstance(train, KeyedDataset) else train
         order = np.random.default_rng(self._draw("train")).permutation(len(train))
         self.train_indices = sorted(order[: self.train_size].tolist())
@@ -149,12 +151,12 @@ class StudyData(pl.LightningDataModule):
     @property
     def num_val(self) -> int:
         """Validation images."""
-        return len(self._val)  # type: ignore[arg-type]
+        return len(self._val)
 
     @property
     def num_test(self) -> int:
         """Test images."""
-        return len(self._test)  # type: ignore[arg-type]
+        return len(self._test)
 
     @property
     def train_transform(self) -> Any:

@@ -37,6 +37,7 @@ from lightning_unfreeze.study.costs import Costs
 from lightning_unfreeze.study.data import StudyData
 from lightning_unfreeze.study.distortion import distortion, snapshot
 from lightning_unfreeze.study.records import CurvePoint, RunRecord, pack_correct
+from lightning_unfreeze.study.shifts import shifted_accuracy
 from lightning_unfreeze.tta_result import TTAResult
 
 _RATES_PER_EPOCH = 8
@@ -62,6 +63,7 @@ class Bench:
         monitor: Accuracy that the module logs in validation.
         find_steps: Steps of a range test.
         distortion_images: Validation images on which features are compared.
+        shifts: Score the test images under shifts too.
         threads: Threads of torch in a run.
         trainer: Further arguments of every run's Trainer.
         code_version: Version of the code.
@@ -78,6 +80,7 @@ class Bench:
     monitor: str
     find_steps: int
     distortion_images: int
+    shifts: bool
     threads: int
     trainer: Mapping[str, Any]
     code_version: str
@@ -163,6 +166,9 @@ def execute(task: Task, bench: Bench, costs: Costs) -> RunRecord:
             torch.cuda.reset_peak_memory_stats()
         trainer.fit(module, datamodule=data)
         result, eval_seconds = _score(task.scored_on, module, data, bench)
+        acc_ood = (
+            shifted_accuracy(module, data.test_dataloader()) if bench.shifts and task.scored_on == "test" else None
+        )
     measures = next(callback.found for callback in callbacks if isinstance(callback, _Distortion))
     correct = result.correct_plain
     return RunRecord(
@@ -190,6 +196,7 @@ def execute(task: Task, bench: Bench, costs: Costs) -> RunRecord:
         peak_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         probe_images_per_second=probe,
         tuned_lr=task.rate,
+        acc_ood=acc_ood,
         code_version=bench.code_version,
         **(task.tuning or {}),
     )

@@ -5,27 +5,23 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import joblib
-import lightning.pytorch as pl
 import numpy as np
-import pandas as pd
-from lightning.pytorch.utilities import rank_zero_info
-from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 import lightning_unfreeze
 from lightning_unfreeze.callbacks.tta import TTAEval
 from lightning_unfreeze.layer_groups import layer_groups
 from lightning_unfreeze.stages import Stage
-from lightning_unfreeze.study import statistics as st
-from lightning_unfreeze.study.analysis import Analysis, Axis, StudyInfo, skip_arm
+from lightning_unfreeze.study.analysis import Axis, StudyInfo, skip_arm
 from lightning_unfreeze.study.arms import (
     HEAD_ARM,
     REFERENCE,
@@ -36,16 +32,14 @@ from lightning_unfreeze.study.arms import (
     arm_names,
     make_arms,
 )
-from lightning_unfreeze.study.costs import Costs, fit_budget, kind_of, measure_costs
-from lightning_unfreeze.study.plots import PLOTS
+from lightning_unfreeze.study.costs import Costs, kind_of, measure_costs
+from lightning_unfreeze.study.planning import StudyPlan, fit_budget, parse_duration
 from lightning_unfreeze.study.records import RunLog, RunRecord, run_key
-from lightning_unfreeze.study.report import comparison_table, write_report
+from lightning_unfreeze.study.result import StudyResult, load_study
 from lightning_unfreeze.study.run import Bench, DataModuleFn, ModelFn, Task, execute
-from lightning_unfreeze.study.verdict import StudyVerdict, judge
 
 FIRST_TUNING_SEED = 1_000_000
 """Tuning seeds count from here, so that no study seed is one of them."""
-POWER_SDS = (0.5, 0.7, 1.0, 1.5, 2.0)
 
 
 class Study:
@@ -76,10 +70,12 @@ class Study:
         monitor: Accuracy that the module logs in validation.
         find_steps: Steps of a range test.
         distortion_images: Validation images on which features are compared.
+        shifts: Score the test images also under noise, low contrast, blur and brightness, once per run.
         dataset: Name of the data set, for the report.
         pretrained_on: What the backbone was trained on, for the report.
         trainer: Further arguments of every Trainer, such as `accelerator` or `precision`.
-        budget_seconds: Lower the seeds, then drop arms, until the study fits; None runs what was asked for.
+        budget: Time to be done in (`2h`, `30min`, `90s` or seconds): lowers the seeds, then drops arms, until the
+            prediction fits; None runs what was asked for.
         n_jobs: Runs at a time.
         backend: Joblib's backend; `dask` and `ray` need their package and a client.
         threads: Threads of torch in a run.
@@ -107,14 +103,15 @@ class Study:
         val_fraction: float = 0.2,
         batch_norm: BatchNormPolicy = "train",
         network: str | None = None,
-        tta_views: str | Sequence[str] = "flip",
+        tta_views: str | list[str] = "flip",
         monitor: str = "val_acc",
         find_steps: int = 100,
         distortion_images: int = 128,
+        shifts: bool = False,
         dataset: str = "data",
         pretrained_on: str = "what its weights say",
-        trainer: Mapping[str, Any] | None = None,
-        budget_seconds: float | None = None,
+        trainer: dict[str, Any] | None = None,
+        budget: str | float | None = None,
         n_jobs: int = 1,
         backend: str = "loky",
         threads: int = 1,
@@ -124,13 +121,15 @@ class Study:
         if len(given) < 2 or len(set(given)) < len(given) or max(given) >= FIRST_TUNING_SEED or min(given) < 0:
             raise ValueError(f"seeds={seeds!r}: give 2 or more different ones from 0 to {FIRST_TUNING_SEED - 1}.")
         if not margin > 0:
-            raise ValueError(f"margin={margin}: give the accuracy difference (points) that does not matter to you, > 0.")
+            raise ValueError(
+                f"margin={margin}: give the accuracy difference (points) that does not matter to you, > 0."
+            )
         for name, grid in (("lr_grid", lr_grid), ("head_lr_grid", head_lr_grid)):
             if len(grid) < 1 or min(grid) <= 0 or list(grid) != sorted(set(grid)):
                 raise ValueError(f"{name}={list(grid)}: give different rates above 0, the lowest first.")
         if len(lr_grid) != len(head_lr_grid):
             raise ValueError(
-                f"lr_grid has {len(lr_grid)} rates, head_lr_grid {len(head_lr_grid)}: arms get the same effort of tuning."
+                f"lr_grid has {len(lr_grid)} rates, head_lr_grid {len(head_lr_grid)}: every arm gets the same effort."
             )
         for name, value in (("tuning_seeds", tuning_seeds), ("n_jobs", n_jobs), ("threads", threads)):
             if value < 1 and not (name == "n_jobs" and value == -1):
@@ -141,12 +140,17 @@ class Study:
         self.recipe, self.rates = recipe or Recipe(), rates
         self.lr_grid, self.head_lr_grid = tuple(lr_grid), tuple(head_lr_grid)
         self.tuning_seeds = [FIRST_TUNING_SEED + index for index in range(tuning_seeds)]
-        self.pretrained_on, self.budget_seconds = pretrained_on, budget_seconds
+        self.pretrained_on = pretrained_on
+        self.budget_seconds = None if budget is None else parse_duration(budget)
         self.n_jobs, self.backend, self.progress = n_jobs, backend, progress
-        self.arm_specs = [
-            *[arm for arm in arms if isinstance(arm, Arm)],
-            *arm_names([arm for arm in arms if not isinstance(arm, Arm)] or REFERENCE)
-        ] if not isinstance(arms, str) else list(arm_names(arms))
+        self.arm_specs = (
+            [
+                *[arm for arm in arms if isinstance(arm, Arm)],
+                *arm_names([arm for arm in arms if not isinstance(arm, Arm)] or REFERENCE),
+            ]
+            if not isinstance(arms, str)
+            else list(arm_names(arms))
+        )
         self.bench = Bench(
             model_fn=model_fn,
             datamodule_fn=datamodule_fn,
@@ -155,10 +159,11 @@ class Study:
             val_fraction=val_fraction,
             batch_norm=batch_norm,
             network=network,
-            views=tta_views if isinstance(tta_views, str) else list(tta_views),
+            views=tta_views,
             monitor=monitor,
             find_steps=find_steps,
             distortion_images=distortion_images,
+            shifts=shifts,
             threads=threads,
             trainer=dict(trainer or {}),
             code_version=lightning_unfreeze.__version__,
@@ -182,16 +187,22 @@ class Study:
         options = {**self.bench.trainer_options, "enable_progress_bar": False}
         costs = measure_costs(
             {kind_of(stage): stage for stage in stages}.values(),
-            module, data, options, self.bench.network, self.bench.find_steps, views,
+            module,
+            data,
+            options,
+            self.bench.network,
+            self.bench.find_steps,
+            views,
         )
 
         def flops(stages: Sequence[Stage]) -> float:
-            rate = "find" if self.rates == "find" else None
+            rate: Rate | None = "find" if self.rates == "find" else None
             return costs.flops([dataclasses.replace(stage, lr=rate) for stage in stages])
 
         replaced = {arm.name for arm in own}
-        built = make_arms([name for name in dict.fromkeys([*names, HEAD_ARM]) if name not in replaced],
-                          self.recipe, groups, flops)
+        built = make_arms(
+            [name for name in dict.fromkeys([*names, HEAD_ARM]) if name not in replaced], self.recipe, groups, flops
+        )
         arms = {arm.name: arm for arm in [*built, *own]}
         info = StudyInfo(
             dataset=self.bench.dataset,
@@ -216,7 +227,7 @@ class Study:
         """What the kinds of stages cost."""
         return self._looked_at[1]
 
-    @property
+    @cached_property
     def settings(self) -> dict[str, Any]:
         """All that decides a run's result, of plain JSON types; what is run, and where, is not part of it."""
         bench = {field.name: getattr(self.bench, field.name) for field in dataclasses.fields(self.bench)}
@@ -231,24 +242,21 @@ class Study:
     def plan(self) -> StudyPlan:
         """Return what will be run, about how long it takes, and what it can find; trains nothing."""
         arms, costs, info = self._looked_at
-        seconds = {name: costs.seconds(self._stages(arms[name], None, None)) for name in info.arms}
-        tuning = {name: self._tuned_runs(arms[name]) * seconds[name] for name in info.arms}
-        names, seeds, total = list(info.arms), len(self.seeds), 0.0
-        if HEAD_ARM not in names and self.rates == "tune":
-            # its rate is that of every arm's head stages
-            tuning[REFERENCE] += self._tuned_runs(arms[HEAD_ARM]) * costs.seconds(arms[HEAD_ARM].stages)
-        keep = [REFERENCE, skip_arm(self.match)]
-        total = sum(seeds * seconds[name] + tuning[name] for name in names)
+        known = {name: self._stages(arm, None, None) for name, arm in arms.items()}
+        seconds = {name: costs.seconds(stages) for name, stages in known.items()}
+        tuned = {name: self._tuned_runs(arms[name]) for name in dict.fromkeys([*info.arms, HEAD_ARM])}
+        # the head's rate is part of every arm: what it takes to tune is never saved
+        tuning = {name: count * seconds[name] for name, count in tuned.items() if name != HEAD_ARM}
+        tuning[REFERENCE] += tuned[HEAD_ARM] * seconds[HEAD_ARM]
+        names, keep = list(info.arms), [REFERENCE, skip_arm(self.match)]
         jobs = max(1, joblib.effective_n_jobs(self.n_jobs)) if self.backend == "loky" else 1
-        total /= jobs
-        if self.budget_seconds is not None:
-            order = {name: seconds[name] for name in sorted(names, key=lambda name: name not in keep)}
-            fit = fit_budget(order, tuning, jobs * self.budget_seconds, seeds, keep)
-            names, seeds, total = [name for name in names if name in fit.arms], fit.seeds, fit.seconds / jobs
+        order = {name: seconds[name] for name in sorted(names, key=lambda name: name not in keep)}
+        budget = math.inf if self.budget_seconds is None else jobs * self.budget_seconds
+        fit = fit_budget(order, tuning, budget, len(self.seeds), keep)
+        names = [name for name in names if name in fit.arms]
         rows = []
-        reference = costs.flops(self._stages(arms[REFERENCE], None, None))
         for name in names:
-            stages = self._stages(arms[name], None, None)
+            stages = known[name]
             rows.append(
                 {
                     "arm": name + (" (primary)" if name == info.primary else ""),
@@ -256,12 +264,13 @@ class Study:
                     "epochs": arms[name].num_epochs,
                     "images": costs.images(stages),
                     "GFLOPs": costs.flops(stages) / 1e9,
-                    "of full": round(costs.flops(stages) / reference, 3),
-                    "tuning runs": self._tuned_runs(arms[name]),
+                    "of full": round(costs.flops(stages) / costs.flops(known[REFERENCE]), 3),
+                    "tuning runs": tuned[name],
                     "s per run": seconds[name],
                 }
             )
-        return StudyPlan(tuple(names), tuple(self.seeds[:seeds]), total, tuple(rows), info)
+        runs = sum(tuned[name] for name in dict.fromkeys([*names, HEAD_ARM]))
+        return StudyPlan(tuple(names), tuple(self.seeds[: fit.seeds]), runs, fit.seconds / jobs, tuple(rows), info)
 
     def _tuned_runs(self, arm: Arm) -> int:
         return 0 if self.rates == "find" or arm.rate == "fixed" else len(self._grid(arm)) * len(self.tuning_seeds)
@@ -277,38 +286,49 @@ class Study:
         Raises:
             ValueError: If the folder holds a study with other settings.
         """
-        plan = self.plan()
-        self._claim_folder(plan)
+        plan = self._claim_folder(self.plan())
         arms = self._looked_at[0]
         rates = self._tune([arms[name] for name in plan.arms])
-        log = RunLog(self.out / "runs.jsonl")
-        tasks = [
-            self._task(arms[name], seed, rates) for seed in plan.seeds for name in _shuffled(plan.arms, seed)
+        # seed-major, arms in an order of the seed's own: a slow hour or a kill must not fall on one arm
+        order = [
+            (seed, str(name)) for seed in plan.seeds for name in np.random.default_rng([7, seed]).permutation(plan.arms)
         ]
-        self._make(tasks, log, "runs")
-        return self.report(plan)
+        self._make(
+            [self._task(arms[name], seed, rates) for seed, name in order], RunLog(self.out / "runs.jsonl"), "runs"
+        )
+        return self.report()
 
-    def report(self, plan: StudyPlan | None = None) -> StudyResult:
-        """Write the report of the runs on disk."""
-        return load_study(self.out) if plan is None else load_study(self.out)
+    def report(self) -> StudyResult:
+        """Write the report of the runs on disk to `report/`, and return them."""
+        result = load_study(self.out)
+        result.write(self.out / "report")
+        return result
 
-    def _claim_folder(self, plan: StudyPlan) -> None:
+    def _claim_folder(self, plan: StudyPlan) -> StudyPlan:
+        """Write down what the study is, and return what to run: under a budget that of the first start."""
         path = self.out / "study.json"
-        settings = self.settings
         if path.exists():
-            before = json.loads(path.read_text())["settings"]
-            changed = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
+            before = json.loads(path.read_text())
+            changed = sorted(
+                name
+                for name in {*before["settings"], *self.settings}
+                if before["settings"].get(name) != self.settings.get(name)
+            )
             if changed:
                 raise ValueError(
                     f"out={str(self.out)!r} holds a study with another {', '.join(changed)}: give another folder, or "
                     "the settings that it was started with."
                 )
+            if self.budget_seconds is not None:
+                # another timing would give another number of seeds: a number that is chosen after looking
+                plan = dataclasses.replace(plan, arms=tuple(before["info"]["arms"]), seeds=tuple(before["seeds"]))
         self.out.mkdir(parents=True, exist_ok=True)
         info = dataclasses.replace(plan.info, arms=plan.arms)
-        text = json.dumps({"settings": settings, "info": asdict(info)}, indent=1)
+        what = {"settings": self.settings, "seeds": plan.seeds, "info": asdict(info)}
         partial = path.with_suffix(".part")
-        partial.write_text(text)
+        partial.write_text(json.dumps(what, indent=1))
         partial.replace(path)
+        return plan
 
     def _tune(self, arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
         """Return the tuned rate of each arm with the fields of its record, the head's first."""
@@ -342,9 +362,7 @@ class Study:
     def _tuning_task(self, arm: Arm, seed: int, rate: float, chosen: Mapping[str, Mapping[str, Any]]) -> Task:
         head = rate if arm.rate == "head" else chosen[HEAD_ARM]["rate"]
         label = f"{arm.name} @ {rate:g}"
-        return Task(
-            self._key(arm, label, seed), arm, seed, tuple(self._stages(arm, head, rate)), "val", label, rate
-        )
+        return Task(self._key(arm, label, seed), arm, seed, tuple(self._stages(arm, head, rate)), "val", label, rate)
 
     def _task(self, arm: Arm, seed: int, rates: Mapping[str, Mapping[str, Any]]) -> Task:
         own = HEAD_ARM if arm.rate == "head" else arm.name
@@ -354,7 +372,11 @@ class Study:
         fields = {name: value for name, value in (tuned or {}).items() if name != "rate"}
         return Task(
             self._key(arm, arm.name, seed),
-            arm, seed, tuple(self._stages(arm, head, full)), "test", arm.name,
+            arm,
+            seed,
+            tuple(self._stages(arm, head, full)),
+            "test",
+            arm.name,
             rate=tuned["rate"] if tuned else None,
             tuning=fields,
         )
@@ -394,124 +416,6 @@ class Study:
                 )
 
 
-@dataclass(frozen=True)
-class StudyPlan:
-    """What a study will run.
-
-    Attributes:
-        arms: Names of the arms.
-        seeds: Paired seeds.
-        seconds: Predicted time of everything, tuning included.
-        rows: One per arm, for a table.
-        info: What the report says of the study.
-    """
-
-    arms: tuple[str, ...]
-    seeds: tuple[int, ...]
-    seconds: float
-    rows: tuple[dict[str, Any], ...]
-    info: StudyInfo
-
-    @property
-    def runs(self) -> int:
-        """Runs in all, tuning included."""
-        return len(self.arms) * len(self.seeds) + sum(row["tuning runs"] for row in self.rows)
-
-    def power_rows(self) -> list[dict[str, Any]]:
-        """Return what this many seeds can find, for several spreads of the paired differences (points)."""
-        margin, seeds = self.info.margin, len(self.seeds)
-        secondary = max(1, len(self.arms) - 2)
-        return [
-            {
-                "SD of the difference": sd,
-                f"detectable with {seeds} seeds": round(st.detectable_difference(sd, seeds), 2),
-                f"seeds to detect {margin:g} pt": st.seeds_to_detect(sd, margin),
-                "after Holm": st.seeds_to_detect(sd, margin, alpha=0.05 / secondary),
-                f"seeds to show equality within {margin:g} pt": st.seeds_for_equivalence(sd, margin),
-            }
-            for sd in POWER_SDS
-        ]
-
-    def sentences(self) -> list[str]:
-        """Return what to know before starting."""
-        error = st.image_standard_error(0.1, self.info.n_test)
-        found = [
-            f"{len(self.arms)} arms x {len(self.seeds)} seeds and {self.runs - len(self.arms) * len(self.seeds)} tuning "
-            f"runs: {self.runs} runs, about {_duration(self.seconds)}.",
-            f"Primary: {self.info.primary} against {self.info.reference}, margin ±{self.info.margin:g} pt.",
-            f"{self.info.n_test} test images leave up to {error:.2f} pt of standard error on new images where two arms "
-            "disagree on a tenth of them; no number of seeds removes that.",
-        ]
-        if len(self.seeds) < st.MIN_SEEDS_SIGN_FLIP:
-            found.append(f"Fewer than {st.MIN_SEEDS_SIGN_FLIP} seeds: a sign-flip p cannot be below 0.05.")
-        off = [row["arm"] for row in self.rows if "@flops" in row["arm"] and abs(row["of full"] - 1) > 0.05]
-        if off:
-            found.append(
-                f"{', '.join(off)}: whole epochs do not come within 5 % of the reference's FLOPs; longer recipes do."
-            )
-        return found
-
-
-@dataclass(frozen=True)
-class StudyResult:
-    """The runs of a study, and what they say.
-
-    Attributes:
-        records: Finished runs.
-        info: What the study was.
-    """
-
-    records: tuple[RunRecord, ...]
-    info: StudyInfo
-
-    @cached_property
-    def analysis(self) -> Analysis:
-        """The comparisons."""
-        return Analysis(self.records, self.info)
-
-    def table(self) -> pd.DataFrame:
-        """Return every arm against the reference."""
-        return comparison_table(self.analysis).data
-
-    def verdict(self) -> StudyVerdict:
-        """Return the verdict, with what would change it."""
-        return judge(self.analysis)
-
-    def plot(self, name: str = "forest") -> Figure:
-        """Return one picture of the report.
-
-        Args:
-            name: Its name, as in the report.
-
-        Raises:
-            ValueError: For a picture that there is not, or that these runs do not allow.
-        """
-        found = next((spec.draw(self.analysis) for spec in PLOTS if spec.name == name), None)
-        if found is None:
-            raise ValueError(f"no picture {name!r} from these runs; there may be {', '.join(s.name for s in PLOTS)}.")
-        return found[0]
-
-    def write(self, folder: str | os.PathLike[str]) -> StudyVerdict:
-        """Write the report and return the verdict."""
-        return write_report(self.records, self.info, folder)
-
-
-def load_study(folder: str | os.PathLike[str]) -> StudyResult:
-    """Return the study of a folder, as far as it is finished.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    root = Path(folder)
-    if not (root / "study.json").is_file():
-        raise ValueError(f"{root} holds no study: there is no study.json; give the folder that `study run` wrote to.")
-    info = json.loads((root / "study.json").read_text())["info"]
-    records = RunLog(root / "runs.jsonl").read()
-    if not records:
-        raise ValueError(f"{root} holds no finished run yet.")
-    return StudyResult(tuple(records), StudyInfo(**{**info, "arms": tuple(info["arms"])}))
-
-
 def describe(function: Any) -> Any:
     """Return what makes two functions the same ones for a study: their own word, or name and source text."""
     if hasattr(function, "spec"):
@@ -521,11 +425,6 @@ def describe(function: Any) -> Any:
     except (OSError, TypeError):
         source = ""
     return [getattr(function, "__module__", ""), getattr(function, "__qualname__", type(function).__name__), source]
-
-
-def _shuffled(arms: Iterable[str], seed: int) -> list[str]:
-    """Return the arms in an order of the seed's own, so that none always runs first."""
-    return [str(name) for name in np.random.default_rng([7, seed]).permutation(list(arms))]
 
 
 def _best_rate(records: Sequence[RunRecord]) -> dict[str, Any]:
@@ -551,7 +450,3 @@ def _stage_words(stage: Stage) -> str:
         return f"{letter}{stage.num_epochs}"
     lengths = [f"{float(length):g}" for length in stage.cycle_epochs]
     return letter + ("+".join(lengths) if len(lengths) <= 4 else f"{len(lengths)}x{lengths[0]}")
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:.0f} s"

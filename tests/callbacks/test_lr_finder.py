@@ -199,7 +199,13 @@ def test_finder__a_run_with_it_is_bitwise_the_run_without_it(
 
 
 def plain_range_test(
-    module: UserModule, head_only: bool, batches: list[Any], accumulate: int, num_steps: int, clip: float | None
+    module: UserModule,
+    head_only: bool,
+    batches: list[Any],
+    accumulate: int,
+    num_steps: int,
+    clip: float | None,
+    sgd: bool,
 ) -> list[float]:
     """A range test as one would write it in a notebook."""
     net = copy.deepcopy(module.net)
@@ -213,7 +219,10 @@ def plain_range_test(
         groups.append({"params": [parameter], "ratio": ratio, "weight_decay": 0.05 if parameter.ndim > 1 else 0.0})
     if head_only:
         net.backbone.eval()
-    optimizer = torch.optim.AdamW(groups, lr=0.0)
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=0.0)
+    if sgd:
+        groups = [{**group, "weight_decay": 1e-3} for group in groups]
+        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
     losses, position = [], 0
     for step in range(num_steps):
         rate = 1e-5 * (0.5 / 1e-5) ** (step / (num_steps - 1))
@@ -236,17 +245,23 @@ def plain_range_test(
 
 @pytest.mark.filterwarnings("ignore:stage .* no signal")
 @pytest.mark.parametrize(
-    ("train", "accumulate", "limit", "clip"), [("all", 1, 1.0, None), ("all", 2, 1.0, 0.01), ("head", 3, 2, None)]
+    ("train", "accumulate", "limit", "clip", "sgd"),
+    [
+        ("all", 1, 1.0, None, False),
+        ("all", 2, 1.0, None, True),
+        ("all", 1, 1.0, 0.01, True),
+        ("head", 3, 2, None, False),
+    ],
 )
 def test_finder__its_curve_is_that_of_a_plain_loop(
-    train: Any, accumulate: int, limit: float, clip: float | None
+    train: Any, accumulate: int, limit: float, clip: float | None, sgd: bool
 ) -> None:
     torch.manual_seed(0)
     net = SmallNet()
     for module in net.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    user, finder = UserModule(net), LRFinderPerStage(1e-5, 0.5, num_steps=20, apply=False)
+    user, finder = UserModule(net, "sgd" if sgd else "adamw"), LRFinderPerStage(1e-5, 0.5, num_steps=20, apply=False)
     given = quiet_trainer(
         [GradualUnfreeze([Stage("s", train=train, epochs=1, lr="find", lr_mult=1 / 3)]), finder],
         accumulate_grad_batches=accumulate,
@@ -254,7 +269,7 @@ def test_finder__its_curve_is_that_of_a_plain_loop(
         gradient_clip_val=clip,
     )
     batches = list(loader())[: limit if isinstance(limit, int) else None]
-    expected = plain_range_test(user, train == "head", batches, accumulate, 20, clip)
+    expected = plain_range_test(user, train == "head", batches, accumulate, 20, clip, sgd)
     given.fit(user, loader())
     result = finder.results["s"]
     assert result.losses == pytest.approx(expected, rel=1e-5)
@@ -543,59 +558,60 @@ torch.set_num_threads(1)
 warnings.simplefilter("ignore")
 from tests.callbacks.test_lr_finder import *
 
-find, broken, accumulate, folder = sys.argv[1] == "1", int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
-local = []
-
 class Ranked(Everything):
+    def __init__(self, broken):
+        super().__init__()
+        self.broken = broken
+
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
         local.append(loss.item())
-        return loss * float("nan") if self.global_rank == 1 and len(local) == broken else loss
+        return loss * float("nan") if self.global_rank == 1 and len(local) == self.broken else loss
 
 class Report(Callback):
-    def on_train_end(self, trainer, module):
-        hashes = {name: value.double().sum().item() for name, value in weights_of(module).items()}
-        finder = [c for c in trainer.callbacks if isinstance(c, LRFinderPerStage)]
-        curve = finder[0].results["full"].losses if finder else None
-        torch.save(weights_of(module), folder / f"{trainer.global_rank}.pt")
-        (folder / f"{trainer.global_rank}.json").write_text(json.dumps({"curve": curve, "local": local}))
+    def __init__(self, folder):
+        self.folder = folder
 
-torch.manual_seed(0)
-lr = "find" if find else None
-plan = [Stage("head", train="head", epochs=1), Stage("full", epochs=2, lr=lr, lr_mult=1 / 3)]
-callbacks = [GradualUnfreeze(plan), CosineRestarts(), *([LRFinderPerStage(num_steps=20, apply=False)] if find else [])]
-trainer = quiet_trainer([*callbacks, Report()], devices=2, strategy="ddp_fork", accumulate_grad_batches=accumulate,
-                        logger=CSVLogger(folder))
-trainer.fit(Ranked(), loader(random_images(32), batch_size=4, shuffle=True), loader())
+    def on_train_end(self, trainer, module):
+        finder = [callback for callback in trainer.callbacks if isinstance(callback, LRFinderPerStage)]
+        curve = finder[0].results["full"].losses if finder else None
+        torch.save(weights_of(module), self.folder / f"{trainer.global_rank}.pt")
+        (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps({"curve": curve, "local": local}))
+
+for name, (find, broken, accumulate) in json.loads(sys.argv[1]).items():
+    folder, local = Path(sys.argv[2]) / name, []
+    folder.mkdir()
+    torch.manual_seed(0)
+    plan = [Stage("head", train="head", epochs=1), Stage("full", epochs=1, lr="find" if find else None, lr_mult=1 / 3)]
+    callbacks = [GradualUnfreeze(plan), CosineRestarts(), Report(folder)]
+    callbacks += [LRFinderPerStage(num_steps=20, apply=False)] if find else []
+    trainer = quiet_trainer(callbacks, devices=2, strategy="ddp_fork", accumulate_grad_batches=accumulate,
+                            logger=CSVLogger(folder))
+    trainer.fit(Ranked(broken), loader(random_images(32), batch_size=4, shuffle=True))
 """
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_finder__two_ranks_make_one_curve_and_leave_no_trace(tmp_path: Path, accumulate: int) -> None:
+@pytest.mark.slow
+def test_finder__two_ranks_make_one_curve_and_leave_no_trace(tmp_path: Path) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(_RANKS)
     environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    plain_steps = 4 * 1  # micro-batches of each rank in the first stage, before the range test
-    cases = {"without": (0, 0), "with": (1, 0), "broken": (1, plain_steps + 10 * accumulate)}
-    told: dict[str, list[Any]] = {}
-    for name, (find, broken) in cases.items():
-        if name == "broken" and accumulate == 2:
-            continue
-        folder = tmp_path / name
-        folder.mkdir()
-        command = [sys.executable, str(script), str(find), str(broken), str(accumulate), str(folder)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-3000:]
-        told[name] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    before = 4  # batches of each rank in the first stage, before the range test
+    cases = {"without": (0, 0, 1), "with": (1, 0, 1), "broken": (1, before + 10, 1)}
+    cases |= {"without-2": (0, 0, 2), "with-2": (1, 0, 2)}
+    command = [sys.executable, str(script), json.dumps(cases), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = {name: [json.loads((tmp_path / name / f"{rank}.json").read_text()) for rank in range(2)] for name in cases}
 
-    for rank in range(2):
-        left, right = (torch.load(tmp_path / name / f"{rank}.pt") for name in ("without", "with"))
-        assert same_weights(left, right) == []
-    curves = [rank["curve"] for rank in told["with"]]
-    tested = [rank["local"][plain_steps : plain_steps + 20 * accumulate] for rank in told["with"]]
-    means = np.array(tested).mean(0).reshape(20, accumulate).mean(1)
-    assert curves[0] == curves[1] == pytest.approx(means.tolist(), rel=1e-6)
-    assert tested[0] != tested[1]
-    if "broken" in told:
-        assert [len(rank["curve"]) for rank in told["broken"]] == [10, 10]  # though only rank 1 saw the NaN
+    for accumulate, suffix in ((1, ""), (2, "-2")):
+        for rank in range(2):
+            runs = [torch.load(tmp_path / (name + suffix) / f"{rank}.pt") for name in ("without", "with")]
+            assert same_weights(*runs) == []
+        ranks = told["with" + suffix]
+        tested = [rank["local"][before : before + 20 * accumulate] for rank in ranks]
+        means = np.array(tested).mean(0).reshape(20, accumulate).mean(1)
+        assert ranks[0]["curve"] == ranks[1]["curve"] == pytest.approx(means.tolist(), rel=1e-6)
+        assert tested[0] != tested[1]
+    assert [len(rank["curve"]) for rank in told["broken"]] == [10, 10]  # though only rank 1 saw the NaN

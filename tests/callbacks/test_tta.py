@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,16 +15,18 @@ import torch.nn.functional as F
 import torchmetrics
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
+from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torchvision.transforms import v2
 
+from lightning_unfreeze.callbacks import tta as tta_module
 from lightning_unfreeze.callbacks.base import StageCallback, StageRun
+from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.tta import TTAEval, merge_views
 from lightning_unfreeze.seeding import keyed_rng
 from lightning_unfreeze.stages import Stage
 
-REPO = Path(__file__).parents[2].resolve()
 CLASSES = 3
 
 # Lightning 2.6 asks torch for a class that newer torch renames
@@ -405,42 +405,54 @@ def test_tta__predict_returns_merged_probabilities_spread_and_indices() -> None:
 
 
 class Photos(Dataset[Any]):
-    """A dataset as torchvision's: `transform` on what is decoded."""
+    """A dataset as torchvision's: `transform` on what is decoded; each decoding adds a byte to a file per image."""
 
-    def __init__(self, num: int, transform: Any) -> None:
+    def __init__(self, num: int, transform: Any, log: Path | None = None) -> None:
         self.images, self.targets = images_and_targets(num)
-        self.transform = transform
-        self.decoded: list[int] = []
+        self.transform, self.log = transform, log
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Any:
-        self.decoded.append(index)
+        if self.log is not None:  # a file: worker processes have no memory in common
+            with (self.log / str(index)).open("ab") as file:
+                file.write(b".")
         return self.transform(self.images[index]), self.targets[index]
+
+
+def decoded(log: Path) -> dict[int, int]:
+    """How often each image has been decoded since the last call."""
+    counts = {int(file.name): file.stat().st_size for file in log.iterdir()}
+    for file in log.iterdir():
+        file.unlink()
+    return counts
 
 
 AUGMENT = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomCrop(8, padding=2)])
 
 
-class Photo2(pl.LightningDataModule):
-    def __init__(self) -> None:
+class PhotoData(pl.LightningDataModule):
+    def __init__(self, log: Path | None = None, **options: Any) -> None:
         super().__init__()
-        self.train, self.eval = Photos(6, AUGMENT), Photos(30, v2.Identity())
+        self.train, self.eval, self.options = Photos(6, AUGMENT), Photos(30, v2.Identity(), log), options
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(Subset(self.train, [0, 1]), batch_size=2)
+        return DataLoader(Subset(self.train, [0, 1, 2, 3]), batch_size=2, shuffle=True)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(Subset(self.eval, list(range(29, 8, -1))), batch_size=8)
+        return DataLoader(Subset(self.eval, list(range(29, 8, -1))), batch_size=8, **self.options)
+
+    val_dataloader = predict_dataloader = test_dataloader
 
 
-def test_tta__random_views_are_the_training_augmentation_keyed_by_seed_view_and_index() -> None:
-    module, data = Module(), Photo2()
+def test_tta__random_views_are_the_training_augmentation_keyed_by_seed_view_and_index(tmp_path: Path) -> None:
+    module, data = Module(), PhotoData(tmp_path)
     tta = TTAEval("random", num_random=3, seed=5, figure=False)
-    trainer_with(tta).test(module, datamodule=data, verbose=False)
-    # once for the plain view, once for all three draws
-    assert sorted(data.eval.decoded) == sorted([*range(9, 30)] * 2)
+    trainer = trainer_with(tta)
+    trainer.test(module, datamodule=data, verbose=False)
+    assert decoded(tmp_path) == dict.fromkeys(range(9, 30), 1), "once for the plain view and all draws"
+    assert "process_dataloader" not in vars(trainer.strategy)
 
     def draw(view: int, index: int) -> torch.Tensor:
         with keyed_rng("tta", 5, view, index):  # the key is the index in the loader's own dataset
@@ -452,6 +464,69 @@ def test_tta__random_views_are_the_training_augmentation_keyed_by_seed_view_and_
     again = TTAEval("random", num_random=3, seed=6, augmentation=AUGMENT, figure=False)
     trainer_with(again).test(module, datamodule=data, verbose=False)
     assert not torch.equal(again.results["test"].merged, tta.results["test"].merged)
+    batches: Any = trainer_with(TTAEval("random", num_random=3, seed=5)).predict(module, datamodule=data)
+    torch.testing.assert_close(torch.cat([batch["probs"] for batch in batches]), view_probs(module.net, views).mean(0))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_tta__random_views_are_drawn_in_the_workers_and_only_where_they_are_due(tmp_path: Path) -> None:
+    weights, found, counts = [], [], []
+
+    class Counts(pl.Callback):
+        def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            counts.append(decoded(tmp_path))
+
+    for workers, callbacks in (
+        (0, []),
+        (0, [TTAEval("random", every=2, figure=False)]),
+        (2, [TTAEval("random", every=2, figure=False)]),
+    ):
+        options = {"num_workers": workers, "persistent_workers": True} if workers else {}
+        pl.seed_everything(0, verbose=False)
+        module, data = Module(), PhotoData(tmp_path, **options)
+        trainer = trainer_with(*callbacks, Counts(), max_epochs=3, num_sanity_val_steps=1)
+        trainer.fit(module, datamodule=data)
+        weights.append(torch.cat([value.flatten().float() for value in module.state_dict().values()]))
+        assert isinstance(data.eval.transform, v2.Identity), "the user's dataset stays as it is"
+        found += [part.results["val"] for part in callbacks]
+    # workers read ahead, so what the sanity check has decoded is not counted
+    assert [count for count in counts if len(count) == 21] == [dict.fromkeys(range(9, 30), 1)] * 9
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])
+    assert torch.equal(found[0].merged, found[1].merged)
+
+
+class Deaf(Photos):
+    """Has a `transform` and does not use it."""
+
+    def __getitem__(self, index: int) -> Any:
+        return self.images[index], self.targets[index]
+
+
+class Shifted(Module):
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch[0] + 1, batch[1]
+
+
+@pytest.mark.parametrize(
+    ("module", "dataset", "options", "message"),
+    [
+        (lambda: Module(call="normalised"), Photos, {}, "between the loader and the network"),
+        (Shifted, Photos, {}, "between the loader and the network"),
+        (Module, Deaf, {}, "Deaf has a `transform` and does not call it"),
+        (Module, lambda *_: TensorDataset(*images_and_targets()), {}, "TensorDataset has none"),
+        (Module, Photos, {"shuffle": True}, "without shuffling"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Your `test_dataloader`'s sampler has shuffling")
+def test_tta__random_views_are_refused_where_they_would_be_wrong(
+    module: Callable[[], Module], dataset: Any, options: dict[str, Any], message: str
+) -> None:
+    trainer = trainer_with(TTAEval("random", augmentation=AUGMENT, figure=False))
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer.test(module(), DataLoader(dataset(9, v2.Identity()), batch_size=4, **options), verbose=False)
+    assert "process_dataloader" not in vars(trainer.strategy)
 
 
 # --- learnt weights --------------------------------------------------------------------------------------------------
@@ -483,6 +558,11 @@ def test_tta__learnt_weights_come_from_validation_and_are_used_in_test(tmp_path:
     torch.testing.assert_close(tta.results["test"].merged.exp(), expected.float())
     with pytest.raises(MisconfigurationException, match="very dataset"):
         trainer.test(module, fit_on, verbose=False)
+
+    other = TTAEval("d4", merge="learnt", figure=False)
+    other.load_state_dict(tta.state_dict())
+    with pytest.raises(MisconfigurationException, match=r"fitted to 2 answers.*here are 8"):
+        trainer_with(other).test(module, report_on, verbose=False)
 
     restored = TTAEval("flip", merge="learnt")
     torch.save(tta.state_dict(), tmp_path / "state.pt")
@@ -581,6 +661,44 @@ def test_tta__snapshots_answer_all_views(tmp_path: Path) -> None:
         trainer_with(TTAEval(figure=False), Snapshots(paths)).test(module, load(images, target), verbose=False)
 
 
+class CallsItself(Module):
+    """Its steps call `self(images)`, as `CosineRestarts(ensemble=True)` needs."""
+
+    def __init__(self) -> None:
+        super().__init__(call="self")
+
+
+@pytest.mark.parametrize("ensemble", [False, True])
+@pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
+def test_tta__snapshots_of_cosine_restarts_times_views(tmp_path: Path, ensemble: bool) -> None:
+    module, (images, target) = CallsItself(), images_and_targets(40)
+    restarts = CosineRestarts(cycle_len=1, snapshots=True, ensemble=ensemble)
+    tta = TTAEval(["hflip", "vflip"], on=["test"], figure=False)
+    options = {"enable_checkpointing": True, "default_root_dir": tmp_path, "max_epochs": 3}
+    trainer = trainer_with(restarts, tta, ModelCheckpoint(tmp_path), **options)
+    trainer.fit(module, load(images, target))
+    assert len(restarts.snapshots) == 3
+    with torch.no_grad():  # none of the snapshots is the module as it is
+        module.net[6].weight.add_(0.3)
+    trainer.test(module, load(images, target), verbose=False)
+
+    views = [images, images.flip(-1), images.flip(-2)]
+    own = view_probs(module.net, views)
+    members = []
+    for path in restarts.snapshots:
+        member = CallsItself()
+        member.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+        members.append(view_probs(member.net, views))
+    shots = torch.stack(members)
+    plain = shots[:, 0].mean(0) if ensemble else own[0]
+    merged = (shots if ensemble else torch.stack([own, *members])).mean((0, 1))
+    assert (shots[0] - shots[1]).abs().max() > 1e-3, "the case shows nothing"
+    torch.testing.assert_close(tta.results["test"].plain.exp(), plain)
+    torch.testing.assert_close(tta.results["test"].merged.exp(), merged)
+    assert "forward" not in vars(module)
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
 # --- the picture -----------------------------------------------------------------------------------------------------
 
 
@@ -597,71 +715,84 @@ def test_tta__writes_its_picture_beside_the_checkpoints(tmp_path: Path) -> None:
 
 # --- several processes -----------------------------------------------------------------------------------------------
 
-_RANKS = """
-import json, sys
-import torch
-sys.path[:0] = [{tests!r}, {callbacks!r}]
-torch.set_num_threads(1)
-from test_tta import Module, TTAEval, images_and_targets, load, nn, trainer_with
-
-torch.manual_seed(0)
-ranks, size = int(sys.argv[1]), int(sys.argv[2])
-net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3))
 
 class Still(Module):
-    def configure_optimizers(self):
+    """Trains nothing, so that each rank has the same module in each run."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
-    def validation_step(self, batch, batch_idx):
-        self.log("val_rows", float(len(batch[1])), sync_dist=True, batch_size=len(batch[1]))
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.logits(batch)
 
     test_step = validation_step
 
-module, loader = Still(net), load(*images_and_targets(size), batch_size=3)
-tta = TTAEval("d4", figure=False)
-options = dict(devices=ranks, strategy="ddp_fork") if ranks > 1 else dict(devices=1)
-trainer = trainer_with(tta, max_epochs=1, **options)
 
-class Report(type(tta).__mro__[1]):
+class TellsEachRank(StageCallback):
     order = 99
-    def tell(self, trainer, name):
-        result = tta.results[name]
-        logged = {{key: value.item() for key, value in trainer.callback_metrics.items() if "tta" in key}}
-        with open(f"{{sys.argv[3]}}-{{name}}-{{trainer.global_rank}}.json", "w") as file:
-            merged = result.merged.double().tolist()
-            json.dump(dict(index=result.index.tolist(), metrics=result.metrics, logged=logged, merged=merged), file)
-    def on_fit_end(self, trainer, module):
-        self.tell(trainer, "val")
-    def on_test_end(self, trainer, module):
-        self.tell(trainer, "test")
 
-trainer.callbacks.append(Report())
-trainer.fit(module, load(*images_and_targets(6)), loader)
-trainer.test(module, loader, verbose=False)
-"""
+    def __init__(self, tta: TTAEval, folder: Path) -> None:
+        self.tta, self.folder = tta, folder
+
+    def tell(self, trainer: pl.Trainer, name: str) -> None:
+        result = self.tta.results[name]
+        told = {
+            "index": result.index.tolist(),
+            "merged": result.merged.double().tolist(),
+            "metrics": result.metrics,
+            "logged": {key: value.item() for key, value in trainer.callback_metrics.items() if "tta" in key},
+            "fixed": result.index[result.correct & ~result.correct_plain].tolist(),
+            "broken": result.index[~result.correct & result.correct_plain].tolist(),
+        }
+        (self.folder / f"{name}-{trainer.world_size}-{trainer.global_rank}.json").write_text(json.dumps(told))
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.tell(trainer, "val")
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.tell(trainer, "test")
 
 
 @pytest.mark.ddp
-def test_tta__is_the_same_on_one_and_three_ranks(tmp_path: Path) -> None:
-    size = 13  # three ranks take five samples each: two are repeats
-    script = tmp_path / "ranks.py"
-    script.write_text(_RANKS.format(tests=str(REPO / "tests"), callbacks=str(REPO / "tests" / "callbacks")))
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    for ranks in (1, 3):
-        command = [sys.executable, "-W", "ignore", str(script), str(ranks), str(size), str(tmp_path / str(ranks))]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-3000:]
-    for kind in ("val", "test"):
-        one = json.loads((tmp_path / f"1-{kind}-0.json").read_text())
-        assert one["index"] == list(range(size))
-        for rank in range(3):
-            other = json.loads((tmp_path / f"3-{kind}-{rank}.json").read_text())
-            assert other["index"] == one["index"]
-            torch.testing.assert_close(torch.tensor(other["merged"]), torch.tensor(one["merged"]))
-            assert other["metrics"] == pytest.approx(one["metrics"], rel=1e-6, abs=1e-6)
-            assert other["logged"] == pytest.approx(one["logged"], rel=1e-6, abs=1e-6)
-            assert {"test_tta_fixed", "val_tta_fixed"} & set(other["logged"])
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="forks its processes")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders")
+def test_tta__is_the_same_on_one_two_and_three_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """37 samples: two ranks take 19 each, three take 13 each, so one or two samples are repeated."""
+    size, stem = 37, {"name": "none"}
+
+    def names_of_pictures(result: Any, images: Any, *_: Any) -> Figure:
+        (tmp_path / f"{stem['name']}-sheet.json").write_text(json.dumps(sorted(images)))
+        return Figure()
+
+    monkeypatch.setattr(tta_module, "plot_flips", names_of_pictures)
+    module = Still()
+    with torch.no_grad():  # the linear part is sharpened: random images flip, and more of them than the sheet holds
+        module.net[6].weight.mul_(20)
+    evaluation = Photos(size, v2.Identity())
+    for ranks in (1, 2, 3):
+        stem["name"] = str(ranks)
+        options = {"devices": ranks, "strategy": "ddp_fork" if ranks > 1 else "auto", "max_epochs": 1}
+        tta = TTAEval("d4")
+        training, loader = load(*images_and_targets(6)), DataLoader(evaluation, batch_size=3)
+        trainer_with(tta, TellsEachRank(tta, tmp_path), **options).fit(module, training, loader)
+        random = TTAEval("random", num_random=2, augmentation=AUGMENT, figure=False)
+        trainer_with(random, TellsEachRank(random, tmp_path), **options).test(module, loader, verbose=False)
+    one = {kind: json.loads((tmp_path / f"{kind}-1-0.json").read_text()) for kind in ("val", "test")}
+    flips = one["val"]["fixed"], one["val"]["broken"]
+    assert max(map(len, flips)) > 6, "the sheet would hold them all"
+    for ranks in (1, 2, 3):
+        sheet = json.loads((tmp_path / f"{ranks}-sheet.json").read_text())
+        assert sheet == sorted([*flips[0][:6], *flips[1][:6]])
+    for kind, first in one.items():
+        assert first["index"] == list(range(size))
+        assert f"{kind}_tta_fixed" in first["logged"]
+        for ranks, rank in ((2, 0), (2, 1), (3, 0), (3, 1), (3, 2)):
+            other = json.loads((tmp_path / f"{kind}-{ranks}-{rank}.json").read_text())
+            assert other["index"] == first["index"]
+            torch.testing.assert_close(torch.tensor(other["merged"]), torch.tensor(first["merged"]))
+            assert other["metrics"] == pytest.approx(first["metrics"], rel=1e-6, abs=1e-6)
+            assert other["logged"] == pytest.approx(first["logged"], rel=1e-6, abs=1e-6)
 
 
 def test_merge_views__is_public_here() -> None:

@@ -1,0 +1,602 @@
+"""Rates of every optimizer step against hand arithmetic, snapshots, and the rule of "until over-fitting"."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import (
+    Callback,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    LearningRateMonitor,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from lightning_unfreeze.callbacks.restarts import CosineRestarts
+from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
+from lightning_unfreeze.loaders import EpochSampler, ResumableLoader
+from lightning_unfreeze.stages import Stage
+from tests.conftest import quiet_trainer, same_weights, weights_of
+
+REPO = Path(__file__).parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+
+
+class Line(pl.LightningModule):
+    """The smallest module with a backbone and a head; notes what is in force at every optimizer step."""
+
+    def __init__(self, optimizer: type[torch.optim.Optimizer] = torch.optim.SGD, **options: Any) -> None:
+        super().__init__()
+        self.backbone, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.optimizer, self.options = optimizer, options
+        self.rates: list[list[float]] = []
+        self.momenta: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.backbone(x)))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test_nll", nn.functional.nll_loss(torch.log_softmax(self(batch[0]), -1), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        groups = [{"params": self.backbone.parameters(), "lr": 0.01}, {"params": self.head.parameters(), "lr": 0.03}]
+        return self.optimizer(groups, **self.options)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.rates.append([group["lr"] for group in optimizer.param_groups])
+        group = optimizer.param_groups[0]
+        self.momenta.append(group["betas"][0] if "betas" in group else group["momentum"])
+
+
+def points(batches: int, seed: int = 0, batch_size: int = 2) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(seed)
+    num = batches * batch_size
+    x, y = torch.randn(num, 4, generator=generator), torch.randint(3, (num,), generator=generator)
+    return DataLoader(TensorDataset(x, y), batch_size=batch_size)
+
+
+def by_hand(lengths: list[Fraction], total: int) -> list[float]:
+    """Half a cosine per cycle; the last one ends with the stage. Lengths and total in optimizer steps."""
+    starts = [sum(lengths[:index], Fraction(0)) for index in range(len(lengths))]
+    ends = [*starts[1:], Fraction(total)]
+    factors = []
+    for step in range(total):
+        ((start, end),) = [(start, end) for start, end in zip(starts, ends, strict=True) if start <= step < end]
+        factors.append(0.5 * (1 + math.cos(math.pi * float((step - start) / (end - start)))))
+    return factors
+
+
+# --- the rates
+
+
+@pytest.mark.parametrize(
+    ("cycle_len", "mult", "num_cycles", "batches", "options", "epoch_steps"),
+    [
+        pytest.param(0.025, 3, 6, 40, {}, 40, id="mult_3_at_cycle_5"),
+        pytest.param(0.025, 10, 4, 40, {"max_steps": 130}, 40, id="mult_10_at_cycle_3"),
+        pytest.param(0.5, 1, 5, 3, {}, 3, id="halves"),
+        pytest.param(1 / 3, 2, 3, 10, {}, 10, id="thirds"),
+        pytest.param(1, 2, 3, 1, {}, 1, id="one_batch_epochs"),
+        pytest.param(1, 2, 2, 10, {"accumulate_grad_batches": 3}, 4, id="accumulate_3_of_10"),
+        pytest.param(0.5, 1, 4, 10, {"accumulate_grad_batches": 3}, 4, id="accumulate_halves"),
+        pytest.param(1, 1, 3, 10, {"limit_train_batches": 0.5}, 5, id="limited"),
+        pytest.param(1, 2, 2, 8, {"val_check_interval": 0.25}, 8, id="validating_within"),
+        pytest.param(1, 0.5, 2, 8, {}, 8, id="shrinking_cycles"),
+    ],
+)
+def test_restarts__every_step_has_the_rate_of_the_hand_arithmetic(
+    cycle_len: float, mult: float, num_cycles: int, batches: int, options: dict[str, Any], epoch_steps: int
+) -> None:
+    stage = Stage("s", lr=0.1, lr_mult=0.1, cycle_len=cycle_len, cycle_mult=mult, num_cycles=num_cycles)
+    module = Line()
+    trainer = quiet_trainer([GradualUnfreeze([stage]), CosineRestarts()], **options)
+    trainer.fit(module, points(batches), points(1))
+    length = Fraction(cycle_len).limit_denominator(1000) * epoch_steps
+    lengths = [length * Fraction(mult) ** index for index in range(num_cycles)]
+    expected = by_hand(lengths, math.ceil(sum(lengths) / epoch_steps) * epoch_steps)[: options.get("max_steps")]
+    for group, peak in enumerate((0.01, 0.1)):
+        rates = [rates[group] for rates in module.rates]
+        assert rates == pytest.approx([peak * factor for factor in expected], rel=1e-9, abs=1e-12)
+    if cycle_len == 0.025:
+        restart = {3: 121, 10: 111}[int(mult)]
+        assert module.rates[restart][1] == pytest.approx(0.1, rel=1e-12)
+
+
+def test_restarts__equal_torchs_scheduler_where_that_is_right() -> None:
+    module = Line()
+    quiet_trainer([CosineRestarts(cycle_len=1, cycle_mult=2)], max_epochs=7).fit(module, points(4), points(1))
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.03)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=4, T_mult=2)
+    expected = []
+    for _ in range(28):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert [rate for _, rate in module.rates] == pytest.approx(expected, rel=1e-9)
+    assert [rate for rate, _ in module.rates] == pytest.approx([rate / 3 for rate in expected], rel=1e-9)
+
+
+@pytest.mark.parametrize("options", [{"max_epochs": 3}, {"max_epochs": -1, "max_steps": 12}])
+def test_restarts__alone_without_a_length_make_the_fit_one_cycle(options: dict[str, Any]) -> None:
+    module = Line()
+    quiet_trainer([CosineRestarts()], **options).fit(module, points(4))
+    assert [rate for _, rate in module.rates] == pytest.approx(
+        [0.03 * factor for factor in by_hand([Fraction(12)], 12)], rel=1e-9
+    )
+
+
+def test_restarts__each_stage_starts_anew_at_its_peak() -> None:
+    plan = [
+        Stage("head", train="head", lr=0.2, cycle_len=2),
+        Stage("constant", lr=0.05, epochs=1),
+        Stage("full", lr=0.1, lr_mult=0.5, cycle_len=1, num_cycles=2),
+    ]
+    module = Line()
+    quiet_trainer([CosineRestarts(), GradualUnfreeze(plan)]).fit(module, points(3))
+    head = [0.2 * factor for factor in by_hand([Fraction(6)], 6)] + [0.05] * 3
+    head += [0.1 * factor for factor in by_hand([Fraction(3)] * 2, 6)]
+    assert [rate for _, rate in module.rates] == pytest.approx(head)
+    assert [rate for rate, _ in module.rates] == pytest.approx([0.0] * 6 + [0.05] * 3 + [rate / 2 for rate in head[9:]])
+
+
+@pytest.mark.parametrize(
+    ("options", "factor"),
+    [
+        ({"floor": 0.2}, lambda t, i: 0.2 + 0.8 * (1 + math.cos(math.pi * t / 8)) / 2),
+        ({"decay": 0.5}, lambda t, i: 0.5**i * (1 + math.cos(math.pi * t / 8)) / 2),
+        ({"warmup": 0.25}, lambda t, i: t / 2 if t < 2 else (1 + math.cos(math.pi * (t - 2) / 6)) / 2),
+        (
+            {"first_steps_warmup": True},
+            lambda t, i: 0.01 if i == 0 and t * 20 < 8 else (1 + math.cos(math.pi * t / 8)) / 2,
+        ),
+        # ULMFiT, eq. 3 with T=8, cut=int(8 * 0.1)=0: a fall from the peak to 1/32
+        ({"shape": "slanted_triangle"}, lambda t, i: (1 + (1 - t / 8) * 31) / 32),
+        (
+            {"shape": "one_cycle"},
+            lambda t, i: (
+                1 / 25 + (24 / 25) * (1 - math.cos(math.pi * t / 2)) / 2
+                if t < 2
+                else 1e-5 + (1 - 1e-5) * (1 + math.cos(math.pi * (t - 2) / 6)) / 2
+            ),
+        ),
+    ],
+)
+def test_restarts__shapes_follow_their_formulas_in_every_cycle(options: dict[str, Any], factor: Any) -> None:
+    module = Line()
+    plan = [Stage("s", lr=0.1, lr_mult=0.5, cycle_len=2, num_cycles=2)]
+    quiet_trainer([GradualUnfreeze(plan), CosineRestarts(**options)]).fit(module, points(4))
+    expected = [0.1 * factor(step % 8, step // 8) for step in range(16)]
+    assert [rate for _, rate in module.rates] == pytest.approx(expected)
+    assert [rate for rate, _ in module.rates] == pytest.approx([rate / 2 for rate in expected])
+
+
+def test_restarts__a_group_added_late_is_scheduled_from_its_own_rate() -> None:
+    class Grows(Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            if trainer.current_epoch == 1:
+                trainer.optimizers[0].add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": 0.5})
+
+    module = Line()
+    quiet_trainer([CosineRestarts(), Grows()], max_epochs=2).fit(module, points(4))
+    expected = by_hand([Fraction(8)], 8)
+    assert [len(rates) for rates in module.rates] == [2] * 4 + [3] * 4
+    assert [rates[2] for rates in module.rates[4:]] == pytest.approx([0.5 * factor for factor in expected[4:]])
+
+
+@pytest.mark.parametrize(("optimizer", "given"), [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {})])
+def test_restarts__momentum_is_low_where_the_rate_is_high(optimizer: Any, given: dict[str, Any]) -> None:
+    module = Line(optimizer, **given)
+    trainer = quiet_trainer([CosineRestarts(momentum=(0.85, 0.95))], max_epochs=2)
+    trainer.fit(module, points(4))
+    assert module.momenta == pytest.approx([0.95 - 0.1 * factor for factor in by_hand([Fraction(8)], 8)])
+    if optimizer is torch.optim.AdamW:
+        assert trainer.optimizers[0].param_groups[0]["betas"][1] == 0.999
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_restarts__learning_rate_monitor_logs_the_rates_in_force(tmp_path: Path, before: bool) -> None:
+    module, monitor = Line(), LearningRateMonitor("step")
+    plan = [Stage("a", lr=0.1, cycle_len=1), Stage("b", lr=0.2, lr_mult=0.1, cycle_len=1)]
+    ours = [GradualUnfreeze(plan), CosineRestarts()]
+    callbacks = [monitor, *ours] if before else [*ours, monitor]
+    trainer = quiet_trainer(callbacks, logger=CSVLogger(tmp_path), log_every_n_steps=1)
+    trainer.fit(module, points(4))
+    (table,) = tmp_path.rglob("metrics.csv")
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    (column,) = [name for name in rows[0] if name.startswith("lr-SGD") and "head" in name]
+    logged = [float(row[column]) for row in rows if row[column]]
+    assert logged == pytest.approx([rate for _, rate in module.rates])
+    progress = [(float(row["cycle"]), float(row["cycle_progress"])) for row in rows if row["cycle"]]
+    assert progress == [(0, 0.25), (0, 0.5), (0, 0.75), (0, 1)] * 2
+
+
+# --- snapshots
+
+
+class EveryStep(Callback):
+    """Weights after every optimizer step."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, Tensor]] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if trainer.global_step > len(self.weights):
+            self.weights.append(weights_of(pl_module))
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_snapshots__are_the_weights_after_the_last_step_of_each_cycle_and_test_averages_them(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, every = Line(), EveryStep()
+    plan = [
+        Stage("a", lr=0.5, cycle_len=0.5, num_cycles=2),
+        Stage("b", lr=0.5, cycle_len=2 / 3, cycle_mult=2, num_cycles=2),
+    ]
+    restarts = CosineRestarts(snapshots=True, ensemble=True)
+    trainer = quiet_trainer(
+        [every, GradualUnfreeze(plan), restarts],
+        enable_checkpointing=True,
+        default_root_dir=tmp_path,
+        accumulate_grad_batches=2,
+    )
+    trainer.fit(module, points(20))  # 10 steps an epoch
+    names = ["a-cycle1", "a-cycle2", "b-cycle1", "b-cycle2"]
+    assert [path.stem for path in restarts.snapshots] == names
+    # cycles of 5 and 5 steps; of 6.67 and 13.33 steps, so the first ends with its 7th
+    for path, step in zip(restarts.snapshots, (5, 10, 17, 30), strict=True):
+        saved = torch.load(path, weights_only=True)["state_dict"]
+        assert same_weights(saved, every.weights[step - 1]) == []
+
+    test_data = points(3, seed=7)
+    (result,) = trainer.test(module, test_data, verbose=False)
+    x, y = test_data.dataset.tensors  # type: ignore[attr-defined]
+    probs = []
+    with torch.no_grad():
+        for path in restarts.snapshots:
+            twin = Line()
+            twin.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+            probs.append(torch.softmax(twin(x), -1))
+        mean = torch.stack(probs).mean(0)
+    assert result["test_nll"] == pytest.approx(float(-mean[range(len(y)), y].log().mean()), rel=1e-5)
+    assert "forward" not in vars(module)
+    alone = nn.functional.cross_entropy(module(x), y).item()
+    assert abs(alone - result["test_nll"]) > 1e-6
+
+    path = tmp_path / "last.ckpt"
+    trainer.save_checkpoint(path)
+    later = quiet_trainer([GradualUnfreeze(plan), CosineRestarts(snapshots=True, ensemble=True)])
+    assert later.test(Line(), test_data, ckpt_path=path, verbose=False) == [result]
+    restarts.snapshots[1].unlink()
+    with pytest.raises(MisconfigurationException, match=r"missing: .*a-cycle2\.ckpt"):
+        trainer.test(module, test_data, verbose=False)
+
+
+def test_ensemble__says_where_it_cannot_average(tmp_path: Path) -> None:
+    class Around(Line):
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            self.head(torch.tanh(self.backbone(batch[0])))
+
+    trainer = quiet_trainer(
+        [CosineRestarts(snapshots=True, ensemble=True)],
+        max_epochs=1,
+        enable_checkpointing=True,
+        default_root_dir=tmp_path,
+    )
+    module = Around()
+    with pytest.raises(MisconfigurationException, match="there are none"):
+        trainer.test(module, points(1), verbose=False)
+    trainer.fit(module.train(), points(2))
+    with pytest.raises(MisconfigurationException, match="never called self"):
+        trainer.test(module, points(1), verbose=False)
+    assert "forward" not in vars(module)
+
+
+# --- until over-fitting
+
+
+class Script(Line):
+    """Logs a scripted validation value per epoch; trains as ever."""
+
+    def __init__(self, values: list[float], name: str = "val_loss") -> None:
+        super().__init__()
+        self.values, self.name = values, name
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log(self.name, self.values[min(self.current_epoch, len(self.values) - 1)])
+
+
+class EveryEpoch(Callback):
+    """Weights and the validation value at the end of every epoch, before a stage callback acts."""
+
+    def __init__(self, name: str = "val_loss") -> None:
+        self.name = name
+        self.weights: list[dict[str, Tensor]] = []
+        self.values: list[float] = []
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.weights.append(weights_of(pl_module))
+        self.values.append(float(trainer.callback_metrics[self.name]))
+
+
+def the_rule(values: list[float], cycle_epochs: list[int], min_delta: float = 0.0) -> tuple[int, int]:
+    """Epochs that are trained, and the epoch (from 1) whose weights stay; `values` are per epoch, less is better."""
+    ends = [sum(cycle_epochs[: index + 1]) for index in range(len(cycle_epochs))]
+    kept = ends[0]
+    for end in ends[1:]:
+        if end > len(values):
+            break
+        improved = values[kept - 1] - values[end - 1]
+        if improved > 0:
+            kept = end
+        if improved <= min_delta:
+            return end, kept
+    return ends[-1], kept
+
+
+@pytest.mark.parametrize(
+    ("values", "mult", "num_cycles", "options", "epochs", "kept"),
+    [
+        ([3, 2, 1, 4], 1, 6, {}, 4, 3),
+        ([1, 2], 1, 6, {}, 2, 1),  # two cycles at least
+        ([3, 9, 2, 9, 9, 9, 2.5], 2, 4, {}, 7, 3),  # what lies inside a cycle is not looked at
+        ([3, 9, 2, 9, 9, 9, 1], 2, 3, {}, 7, 7),  # the cap
+        ([3, 3], 1, 6, {}, 2, 1),
+        ([3, 2.5, 2.4], 1, 6, {"min_delta": 0.2}, 3, 3),  # too small a gain ends it, but is a gain
+        ([3, math.nan], 1, 6, {}, 2, 1),
+        ([0.3, 0.5, 0.4], 1, 6, {"monitor": "val_acc"}, 3, 2),
+        ([0.3, 0.5, 0.6], 1, 6, {"monitor": "nll", "mode": "min"}, 2, 1),
+    ],
+)
+def test_until__stops_by_the_rule_and_keeps_the_best_cycle_end(
+    values: list[float], mult: int, num_cycles: int, options: dict[str, Any], epochs: int, kept: int
+) -> None:
+    name = options.get("monitor", "val_loss")
+    module, every = Script(values, name), EveryEpoch(name)
+    plan = [
+        Stage("full", lr=0.1, cycle_len=1, cycle_mult=mult, num_cycles=num_cycles, until="overfit"),
+        Stage("after", lr=1e-30, epochs=1),
+    ]
+    restarts = CosineRestarts(**options)
+    quiet_trainer([every, GradualUnfreeze(plan), restarts]).fit(module, points(3), points(1))
+    assert len(every.weights) == epochs + 1
+    ends = [epoch for epoch in (1, 2, 3, 4, 5, 6, 7) if mult == 1 or epoch in (1, 3, 7)]
+    logged = [float(torch.tensor(values[end - 1])) for end in ends if end <= epochs]
+    assert restarts.cycle_values["full"] == pytest.approx(logged, nan_ok=True)
+    # the next stage goes on from the best cycle end, and hardly moves it
+    for key, value in every.weights[-1].items():
+        assert torch.equal(value, every.weights[kept - 1][key]), key
+
+
+@pytest.mark.parametrize("overfits", [True, False])
+def test_until__on_data_that_overfits_and_on_data_that_does_not(overfits: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(3, 4, generator=generator) * 2
+
+    def draw(num: int, noise: float) -> TensorDataset:
+        targets = torch.randint(3, (num,), generator=generator)
+        x = centres[targets] + torch.randn(num, 4, generator=generator)
+        flip = torch.rand(num, generator=generator) < noise
+        return TensorDataset(x, torch.where(flip, torch.randint(3, (num,), generator=generator), targets))
+
+    class Wide(Line):
+        def __init__(self) -> None:
+            super().__init__(torch.optim.AdamW)
+            self.backbone, self.head = nn.Linear(4, 64), nn.Linear(64, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.relu(self.backbone(x)))
+
+    torch.manual_seed(0)
+    train = draw(50, 0.4) if overfits else draw(600, 0.0)
+    module, every, restarts = Wide(), EveryEpoch(), CosineRestarts()
+    lr, cycles = (0.03, [1, 2, 4, 8, 16]) if overfits else (0.001, [1, 2, 4])
+    plan = [Stage("full", lr=lr, cycle_len=1, cycle_mult=2, num_cycles=len(cycles), until="overfit")]
+    trainer = quiet_trainer([every, GradualUnfreeze(plan), restarts])
+    trainer.fit(module, DataLoader(train, 10, shuffle=True), DataLoader(draw(300, 0.0), 300))
+    epochs, kept = the_rule(every.values, cycles)
+    assert len(every.values) == epochs
+    assert (epochs < sum(cycles)) == overfits
+    assert (kept < epochs) == overfits
+    assert same_weights(weights_of(module), every.weights[kept - 1]) == []
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
+@pytest.mark.parametrize("at", [("val_end", 2), ("epoch_end", 1), ("epoch_end", 2), ("batch_end", 4)])
+def test_until__a_run_resumed_inside_such_a_stage_is_bitwise_the_same(tmp_path: Path, at: tuple[str, int]) -> None:
+    values = [3.0, 9.0, 2.0, 9.0, 9.0, 9.0, 2.5]  # cycles 1, 2, 4: ends after the third, the second's weights stay
+
+    class Saves(Callback):
+        def save(self, trainer: pl.Trainer, hook: str) -> None:
+            if (hook, trainer.current_epoch) == at:
+                trainer.save_checkpoint(tmp_path / "at.ckpt")
+
+        def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            self.save(trainer, "val_end")
+
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, out: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 1:
+                self.save(trainer, "batch_end")
+
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            self.save(trainer, "epoch_end")
+
+    def run(ckpt_path: Path | None) -> tuple[Any, Any]:
+        torch.manual_seed(0 if ckpt_path is None else 9)
+        module, restarts = Script(values), CosineRestarts()
+        plan = [
+            Stage("full", lr=0.1, cycle_len=1, cycle_mult=2, num_cycles=5, until="overfit"),
+            Stage("after", lr=0.01, epochs=1),
+        ]
+        callbacks = [GradualUnfreeze(plan), restarts, *([Saves()] if ckpt_path is None else [])]
+        data = points(3).dataset
+        train = ResumableLoader(data, batch_size=2, sampler=EpochSampler(data))
+        quiet_trainer(callbacks).fit(module, train, points(1), ckpt_path=ckpt_path)
+        return weights_of(module), restarts.cycle_values
+
+    whole, told = run(None)
+    resumed, told_again = run(tmp_path / "at.ckpt")
+    assert told == told_again == {"full": [3.0, 2.0, 2.5]}
+    assert same_weights(whole, resumed) == []
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shape": "square"}, "shape='square'"),
+        ({"shape": "one_cycle", "floor": 0.1}, "has its own"),
+        ({"mode": "up"}, "mode='up'"),
+        ({"monitor": "nll"}, "set mode='min' or 'max'"),
+        ({"min_delta": -1.0}, "min_delta=-1.0"),
+        ({"momentum": (0.9, 0.8)}, "low <= high"),
+        ({"ensemble": True}, "set snapshots=True"),
+        ({"cycle_len": 0.0}, "cycle_len=0.0"),
+        ({"cycle_mult": 0}, "cycle_mult=0"),
+        ({"floor": 2.0}, "floor=2.0"),
+        ({"decay": 0.0}, "decay=0.0"),
+        ({"warmup": 1.0}, "warmup=1.0"),
+    ],
+)
+def test_restarts__refuses_impossible_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CosineRestarts(**options)
+
+
+class Scheduled(Line):
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+
+class NoMomentum(Line):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adagrad(self.parameters())
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "module", "options", "message"),
+    [
+        ([CosineRestarts()], Scheduled(), {}, "scheduler StepLR"),
+        ([CosineRestarts(), StochasticWeightAveraging(1e-2)], Line(), {}, "StochasticWeightAveraging and"),
+        ([CosineRestarts(), LearningRateFinder()], Line(), {}, "LearningRateFinder and"),
+        ([CosineRestarts(), GradientAccumulationScheduler({0: 2})], Line(), {}, "GradientAccumulationScheduler"),
+        ([CosineRestarts(momentum=(0.8, 0.9))], NoMomentum(), {}, "Adagrad has neither"),
+        ([CosineRestarts(snapshots=True)], Line(), {}, "neither checkpoints nor a logger"),
+        ([CosineRestarts()], Line(), {"max_epochs": -1}, "has no end"),
+    ],
+)
+def test_restarts__refuses_what_clashes_with_it(
+    callbacks: list[Callback], module: Line, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        quiet_trainer(callbacks, **{"max_epochs": 2, **options}).fit(module, points(2), points(1))
+
+
+def test_restarts__refuses_cycles_over_data_without_a_length() -> None:
+    class Endless(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter([(torch.zeros(4), torch.tensor(0))] * 4)
+
+    data = DataLoader(Endless(), batch_size=2)
+    with pytest.raises(MisconfigurationException, match="limit_train_batches"):
+        quiet_trainer([CosineRestarts(cycle_len=1)], max_epochs=2).fit(Line(), data)
+    with pytest.raises(ValueError, match="end before 8"):
+        quiet_trainer([CosineRestarts(cycle_len=1, cycle_mult=0.5)], max_epochs=2).fit(Line(), points(4))
+    constant = Line()
+    quiet_trainer([GradualUnfreeze([Stage("s", lr=0.1, epochs=1)]), CosineRestarts()]).fit(constant, data)
+    assert constant.rates == [[0.1, 0.1]] * 2
+
+
+@pytest.mark.parametrize(
+    ("monitor", "options", "message"),
+    [
+        ("val_acc", {}, r"'val_acc', which validation did not log; logged are \['val_loss'\]"),
+        ("val_loss", {"limit_val_batches": 0}, r"logged are \[\]"),
+        ("val_loss", {"check_val_every_n_epoch": 2}, "check_val_every_n_epoch=2"),
+        ("val_loss", {"val_check_interval": 0.4}, "validates every 4 of 10 batches"),
+    ],
+)
+def test_until__needs_its_value_at_every_cycle_end(monitor: str, options: dict[str, Any], message: str) -> None:
+    plan = [Stage("full", cycle_len=1, num_cycles=3, until="overfit")]
+    with pytest.raises(MisconfigurationException, match=message):
+        quiet_trainer([GradualUnfreeze(plan), CosineRestarts(monitor=monitor)], **options).fit(
+            Line(), points(10), points(1)
+        )
+
+
+# --- several processes
+
+_RANKS = """
+import json, sys, warnings
+import torch
+torch.set_num_threads(1)
+warnings.simplefilter("ignore")
+from tests.callbacks.test_restarts import *
+
+folder = Path(sys.argv[1])
+
+class Differ(Line):
+    def validation_step(self, batch, batch_idx):
+        # rank 0 alone would stop after the second cycle, rank 1 never; their mean after the third
+        mine = [3.0, 3.5, 4.0, 5.0] if self.global_rank == 0 else [3.0, 2.0, 1.9, 1.8]
+        self.log("val_loss", mine[self.current_epoch], sync_dist=False)
+
+class Report(Callback):
+    def on_train_end(self, trainer, module):
+        torch.save(weights_of(module), folder / f"{trainer.global_rank}.pt")
+        told = {"epochs": trainer.current_epoch, "values": restarts.cycle_values}
+        told["shots"] = [str(path) for path in restarts.snapshots]
+        (folder / f"{trainer.global_rank}.json").write_text(json.dumps(told))
+
+torch.manual_seed(0)
+plan = [Stage("full", lr=0.1, cycle_len=1, num_cycles=4, until="overfit")]
+restarts = CosineRestarts(snapshots=True)
+callbacks = [GradualUnfreeze(plan), restarts, Report()]
+trainer = quiet_trainer(callbacks, devices=2, strategy="ddp_fork", logger=CSVLogger(folder))
+trainer.fit(Differ(), points(6), points(2))
+"""
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_until__ranks_decide_as_one_though_they_log_different_values(tmp_path: Path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(_RANKS)
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(script), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert told[0] == told[1]
+    assert told[0]["values"] == {"full": pytest.approx([3.0, 2.75, 2.95])}
+    assert told[0]["epochs"] == 3
+    assert [Path(path).is_file() for path in told[0]["shots"]] == [True] * 3
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert same_weights(*ranks) == []
+    best = torch.load(told[0]["shots"][1], weights_only=True)["state_dict"]
+    assert same_weights(ranks[0], best) == []

@@ -1,0 +1,303 @@
+"""Killed at any moment, resumed, and bitwise equal: `python -m tests.test_faults` prints the table of moments.
+
+A child process is forked for each run, so that imports are paid once, and kills itself with SIGKILL at a moment chosen by
+a seed: the n-th function call, Python's or C's, inside one part of the recipe. So a moment is the same on every machine.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loops import _EvaluationLoop, _TrainingEpochLoop
+from lightning.pytorch.strategies import DDPStrategy
+from matplotlib.figure import Figure
+from torch import nn
+
+from lightning_unfreeze.callbacks.base import StageCallback
+from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage
+from lightning_unfreeze.callbacks.precompute import PrecomputeFeatures
+from lightning_unfreeze.callbacks.restarts import CosineRestarts
+from lightning_unfreeze.callbacks.tta import TTAEval
+from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
+from lightning_unfreeze.feature_pass import FeaturePass
+from lightning_unfreeze.feature_store import FeatureStore, StoreError
+from lightning_unfreeze.loaders import EpochSampler, KeyedDataset, ResumableLoader
+from lightning_unfreeze.stages import Stage
+from tests.conftest import SmallNet, UserModule, loader, quiet_trainer, random_images, same_weights, weights_of
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its processes"),
+    # Lightning, about checkpoints that are there and those that are not yet
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:.ckpt_path=.last.. is set, but there is no last checkpoint available"),
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
+    pytest.mark.filterwarnings("ignore:Found .* module:UserWarning"),
+    # random labels need not have a signal; the rate then stays
+    pytest.mark.filterwarnings("ignore:.*no signal in the range test"),
+]
+
+RECIPE = [
+    Stage("head_on_features", train="head", epochs=2, precompute=True, lr="find"),
+    Stage("head_augmented", train="head", cycle_len=1, num_cycles=2),
+    Stage("full", lr="find", lr_mult=1 / 3, cycle_len=1, cycle_mult=2, num_cycles=2, until="overfit"),
+]
+# part of the recipe -> the call that it is; the innermost one counts
+PARTS: dict[str, tuple[type, str]] = {
+    "feature pass": (FeaturePass, "fill"),
+    "range test": (LRFinderPerStage, "range_test"),
+    "stage start": (StageCallback, "_announce"),
+    "stage end": (GradualUnfreeze, "_finish_stage"),
+    "saving a checkpoint": (pl.Trainer, "save_checkpoint"),
+    "training batch": (_TrainingEpochLoop, "advance"),
+    "validation": (_EvaluationLoop, "run"),
+}
+HOW_MANY = {
+    "feature pass": 4,
+    "range test": 4,
+    "stage start": 2,
+    "stage end": 2,
+    "saving a checkpoint": 3,
+    "training batch": 4,
+    "validation": 1,
+}
+
+
+def recipe_fit(folder: Path, save_every: int = 1, *callbacks: Callback) -> tuple[UserModule, pl.Trainer]:
+    """Starts or goes on: all steps of the recipe on a tiny network, with augmentation, BatchNorm and dropout."""
+    torch.manual_seed(0)
+    module = UserModule(SmallNet())
+    # without version counters, for a version that was written after the last checkpoint would be written again
+    last = ModelCheckpoint(folder, save_top_k=0, save_last=True, every_n_train_steps=save_every, enable_version_counter=False)
+    best = ModelCheckpoint(folder, "best", monitor="val_loss", enable_version_counter=False)
+    players = [
+        GradualUnfreeze(RECIPE),
+        PrecomputeFeatures(folder / "feature_store", policy="always"),
+        LRFinderPerStage(num_steps=20),
+        CosineRestarts(snapshots=True),
+        TTAEval(),
+        last,
+        best,
+    ]
+    trainer = quiet_trainer([*players, *callbacks], enable_checkpointing=True, default_root_dir=folder)
+    data = KeyedDataset(random_images(24), seed=0)
+    train = ResumableLoader(data, batch_size=8, sampler=EpochSampler(data, seed=3))
+    trainer.fit(module, train, loader(random_images(16, seed=1)), ckpt_path="last")
+    return module, trainer
+
+
+# --- children --------------------------------------------------------------------------------------------------------
+
+
+class Profile:
+    """Counts function calls per part of the recipe; at the n-th of one part it kills the process."""
+
+    def __init__(self, part: str | None = None, call: int = -1, place: Path | None = None) -> None:
+        self.counts: Counter[str] = Counter()
+        self.part, self.call, self.place = part, call, place
+        self.inside: str | None = None
+        self.before: list[tuple[type, str, Any]] = []
+
+    def __enter__(self) -> Profile:
+        for part, (owner, name) in PARTS.items():
+            self.before.append((owner, name, vars(owner)[name]))
+            setattr(owner, name, self.within(part, vars(owner)[name]))
+        return self
+
+    def within(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            outer = self.inside
+            self.enter(part)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.enter(outer)
+
+        return wrapped
+
+    def enter(self, part: str | None) -> None:
+        self.inside = part
+        counted = part is not None and self.part in (None, part)
+        sys.setprofile(self.count if counted else None)
+
+    def count(self, frame: Any, event: str, argument: Any) -> None:
+        if event not in ("call", "c_call") or self.inside is None:
+            return
+        self.counts[self.inside] += 1
+        if self.part is not None and self.counts[self.part] == self.call:
+            code = frame.f_code
+            called = f" -> {argument.__name__}" if event == "c_call" else ""
+            assert self.place is not None
+            self.place.write_text(f"{Path(code.co_filename).name}:{code.co_name}{called}")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+        for owner, name, function in self.before:
+            setattr(owner, name, function)
+
+
+def child(scratch: Path, action: Callable[[], object]) -> int:
+    """Forks a process that runs `action`; its number. What it prints goes into `scratch`."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        output = os.open(scratch / f"output-{os.getpid()}.txt", os.O_CREAT | os.O_WRONLY)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        # Lightning writes a checkpoint there first, and moves it: what a kill leaves of that is not the package's
+        tempfile.tempdir = str(scratch)
+        # drawing the pictures would be most of the time
+        Figure.savefig = lambda self, path, **options: Path(path).write_bytes(b"picture")  # type: ignore[method-assign]
+        action()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def wait(pid: int, timeout_seconds: float = 120) -> int:
+    """How a child ended: its exit status, or minus the signal that killed it. One that hangs is killed: -14."""
+    end = time.monotonic() + timeout_seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return -signal.SIGALRM
+
+
+def output_of(scratch: Path) -> str:
+    return "\n".join(path.read_text()[-3000:] for path in sorted(scratch.glob("output-*.txt")))
+
+
+def finish(folder: Path, scratch: Path, save_every: int = 1, profile: Profile | None = None) -> None:
+    """In a child: the fit to its end, and the weights to a file."""
+    if profile is None:
+        module, _ = recipe_fit(folder, save_every)
+    else:
+        with profile:
+            module, _ = recipe_fit(folder, save_every)
+        torch.save(dict(profile.counts), scratch / "counts.pt")
+    torch.save(weights_of(module), scratch / "weights.pt")
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def tables_in(folder: Path) -> dict[str, list[dict[str, str]]]:
+    """The tables that a run leaves, without what a clock says."""
+    tables = {}
+    for path in sorted(folder.glob("*.csv")):
+        rows = list(csv.DictReader(path.read_text().splitlines()))
+        tables[path.name] = [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+    return tables
+
+
+def killed_and_resumed(root: Path, part: str, call: int, save_every: int) -> tuple[dict[str, Any], str]:
+    """One moment: the run is killed there, then resumed; the row of the table, and what went wrong."""
+    folder, scratch = root / "run", root / "scratch"
+    place = scratch / "place.txt"
+    profile = Profile(part, call, place)
+    killed = wait(child(scratch, lambda: finish(folder, scratch, save_every, profile)))
+    last = folder / "last.ckpt"
+    step = torch.load(last, weights_only=True)["global_step"] if last.is_file() else None
+    row = {
+        "killed in": part,
+        "call": call,
+        "at": place.read_text() if place.is_file() else "not reached",
+        "saved every": save_every,
+        "goes on at step": "the start" if step is None else step,
+    }
+    if killed != -signal.SIGKILL:
+        return row, f"was to be killed, ended with {killed}: {output_of(scratch)}"
+    resumed = wait(child(scratch, lambda: finish(folder, scratch, save_every)))
+    return row, "" if resumed == 0 else f"the resumed run ended with {resumed}: {output_of(scratch)}"
+
+
+def all_moments(root: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The uninterrupted run, then every moment; the table, and what went wrong."""
+    whole, scratch = root / "whole" / "run", root / "whole" / "scratch"
+    status = wait(child(scratch, lambda: finish(whole, scratch, 1, Profile())))
+    if status:
+        raise RuntimeError(f"the uninterrupted run ended with {status}: {output_of(scratch)}")
+    weights, counts = torch.load(scratch / "weights.pt"), torch.load(scratch / "counts.pt")
+    draw = random.Random(0)
+    rows, failures = [], []
+    for part, number in HOW_MANY.items():
+        for _ in range(number):
+            # the number of calls is the same to within few: caches are warm in one run and not in another
+            call, save_every = draw.randrange(1, int(0.97 * counts[part])), draw.choice([1, 4])
+            there = root / f"{len(rows):02d}"
+            row, failure = killed_and_resumed(there, part, call, save_every)
+            if not failure:
+                after = torch.load(there / "scratch" / "weights.pt")
+                row["weights differ"] = len(same_weights(weights, after))
+                row["stray files"] = len(set(files_in(whole)) ^ set(files_in(there / "run")))
+                row["tables differ"] = sum(tables_in(whole)[name] != rows for name, rows in tables_in(there / "run").items())
+                if row["weights differ"] or row["stray files"] or row["tables differ"]:
+                    stray = set(files_in(whole)) ^ set(files_in(there / "run"))
+                    failure = f"{row}, stray: {sorted(stray)}"
+            rows.append(row)
+            failures += [failure] if failure else []
+    return rows, failures
+
+
+def as_table(rows: list[dict[str, Any]]) -> str:
+    names = list(max(rows, key=len))
+    lines = [names, ["---"] * len(names), *([str(row.get(name, "-")) for name in names] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# --- kill -9 ---------------------------------------------------------------------------------------------------------
+
+
+def test_kill__at_20_moments_the_resumed_run_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
+    rows, failures = all_moments(tmp_path)
+    print(as_table(rows))
+    assert failures == []
+    assert len(rows) == 20
+    # the moments lie all over the recipe: before the first checkpoint, and in every stage after it
+    went_on_at = {row["goes on at step"] for row in rows}
+    assert "the start" in went_on_at
+    assert len(went_on_at) > 6
+    assert len({row["at"] for row in rows}) > 10
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        table, problems = all_moments(Path(folder))
+    print(as_table(table))
+    print(f"\n{len(table) - len(problems)} of {len(table)} bitwise equal, without stray files")
+    print("\n".join(problems))
