@@ -209,7 +209,7 @@ def real_photos(
     root: Path, weights: Path | None, folder: Path, epochs: int, rounds: int
 ) -> list[tuple[str, float, float]]:
     """Accuracy and seconds of `epochs` epochs of the head, medians over seeds; each run fills its own store."""
-    model = "mobilenetv2_035"
+    model, epochs, weights = "mobilenetv2_035", options.epochs, options.weights
     arms: dict[str, Callable[[Path], list[Callback]]] = {
         "no store, augmented": lambda _: [GradualUnfreeze([Stage("head", train="head", epochs=epochs)])],
         "store, V=1": lambda f: [head_plan(epochs), PrecomputeFeatures(f, num_views=1, policy="always")],
@@ -220,11 +220,11 @@ def real_photos(
         overlay = {"file": str(weights), "mean": (0.5,) * 3, "std": (0.5,) * 3}
         loaded = {"pretrained": True, "pretrained_cfg_overlay": overlay}
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
-    for seed in range(rounds):
+    for seed in range(options.rounds):
         for name, make in arms.items():
             torch.manual_seed(seed)
             module = Classifier(model, pad_type="same", bn_eps=1e-3, **loaded)
-            data = ImageFolderData(str(root), batch_size=32, image_size_px=160, seed=seed, num_workers=0)
+            data = ImageFolderData(str(options.data), batch_size=32, image_size_px=160, seed=seed, num_workers=0)
             start = time.perf_counter()
             fit = trainer(make(folder / f"{name}-{seed}"))
             fit.fit(module, datamodule=data)

@@ -59,8 +59,8 @@ def layer_groups(module: nn.Module, network: str | None = None) -> dict[str, Lay
     """Splits a module into ordered layer groups, input first, head last.
 
     Where the network is, first match: the module's own `layer_groups()` method; `network`; a `backbone` beside a
-    `head`, `classifier` or `fc`; the one timm or torchvision model in the module or the module itself; an
-    `nn.Sequential`. timm models are split by their own `group_matcher`.
+    `head`, `classifier` or `fc`; the one timm or torchvision model in the module or the module itself; the one child
+    that has a `backbone` and a head; an `nn.Sequential`. timm models are split by their own `group_matcher`.
 
     The head is the classifier and what else comes after the pooled features. The last group is named `"head"` (but
     for names from the module's own method), and takes the parameters outside the network: a projection, a learnt
@@ -243,12 +243,18 @@ def _find_network(module: nn.Module, network: str | None) -> str:
                 f"network={network!r} of {type(module).__name__} has no parameters; it has {_list_children(module)}"
             )
         return network
-    if has_parameters(getattr(module, "backbone", None)) and _has_head_outside(module, "backbone"):
+    if _has_backbone(module):
         return "backbone"
     known = _known_models(module)
+    if not known:  # a network of the user's own, as one attribute of the module
+        known = [name for name, child in module.named_children() if _has_backbone(child)]
     if len(known) > 1:
         raise _cannot_group(module, f"it holds {len(known)} networks, {', '.join(known)}", known)
     return next(iter(known), "")
+
+
+def _has_backbone(module: nn.Module) -> bool:
+    return has_parameters(getattr(module, "backbone", None)) and _has_head_outside(module, "backbone")
 
 
 def _known_models(module: nn.Module) -> list[str]:
@@ -306,10 +312,10 @@ def _partition(network: nn.Module, *, has_head: bool) -> dict[str, list[nn.Param
     matcher = matcher_of(network)
     if matcher is not None:
         return group_by_matcher(network, matcher)
-    inner = _known_models(network)
+    inner = ["backbone"] if _has_backbone(network) else _known_models(network)
     if len(inner) == 1:
         model = network.get_submodule(inner[0])
-        partition = _partition(model, has_head=False) or {}
+        partition = _partition(model, has_head=False) or {inner[0]: list(model.parameters())}
         within = set(model.parameters())
         rest = [parameter for parameter in network.parameters() if parameter not in within]
         if rest:

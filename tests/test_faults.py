@@ -295,6 +295,70 @@ def test_kill__at_20_moments_the_resumed_run_ends_as_the_uninterrupted_one(tmp_p
     assert len({row["at"] for row in rows}) > 10
 
 
+# --- what Lightning loses --------------------------------------------------------------------------------------------
+
+
+class ByEpoch(UserModule):
+    """Validation values by epoch, whatever the weights; counts its validations."""
+
+    values = (3.0, 9.0, 2.0, 2.5, 9.0)
+
+    def __init__(self) -> None:
+        super().__init__(SmallNet())
+        self.validated: list[int] = []
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.values[self.current_epoch])
+
+    def on_validation_epoch_end(self) -> None:
+        self.validated.append(self.current_epoch)
+
+
+class SavesAfterTheLastBatch(Callback):
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 2:
+            trainer.save_checkpoint(self.folder / f"{trainer.current_epoch}.ckpt")
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["a stage follows", "it is the last stage"])
+def test_resume__makes_up_for_the_end_of_an_epoch_that_a_checkpoint_lacks(last: bool, tmp_path: Path) -> None:
+    """Such a checkpoint has all batches, and neither the validation nor the decisions after them."""
+
+    def run(folder: Path | None, ckpt: Path | None = None) -> tuple[Any, ...]:
+        torch.manual_seed(0 if ckpt is None else 99)
+        module, restarts = ByEpoch(), CosineRestarts()
+        until = Stage("until", cycle_len=1, cycle_mult=2, num_cycles=3, until="overfit", lr=0.1)  # 3, then 2: goes on
+        after = [] if last else [Stage("after", train="head", epochs=1, lr=0.01)]
+        ends = EndsAfterFourEpochs()
+        plan = GradualUnfreeze([until, *after])
+        trainer = quiet_trainer([ends, restarts, plan, *([] if folder is None else [SavesAfterTheLastBatch(folder)])])
+        data = KeyedDataset(random_images(24), seed=0)
+        train = ResumableLoader(data, batch_size=8, sampler=EpochSampler(data, seed=3))
+        trainer.fit(module, train, loader(random_images(8)), ckpt_path=ckpt)
+        assert torch.is_grad_enabled()
+        told = restarts.cycle_values, [row["epochs"] for row in plan._rows], plan._metric, trainer.current_epoch
+        return weights_of(module), told, module.validated
+
+    weights, told, validated = run(tmp_path)
+    assert told[:2] == ({"until": [3.0, 2.0]}, [4] if last else [4, 1])
+    assert validated == list(range(4 + (not last)))
+    for epoch in validated:
+        weights_again, told_again, validated_again = run(None, tmp_path / f"{epoch}.ckpt")
+        assert told_again == told
+        assert validated_again == validated[epoch:]
+        assert same_weights(weights, weights_again) == []
+
+
+class EndsAfterFourEpochs(StageCallback):
+    """Another player ends the stage inside its third cycle, so that the best weights are those of the second."""
+
+    def wants_to_end_stage(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> bool:
+        return stage.name == "until" and trainer.current_epoch == 3
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         table, problems = all_moments(Path(folder))

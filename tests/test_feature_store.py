@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import TensorDataset
 
 from lightning_unfreeze import feature_store
 from lightning_unfreeze.feature_store import (

@@ -716,3 +716,26 @@ def test_split_param_groups__put_parameters_outside_the_module_with_the_last_gro
     split, _ = split_param_groups(optimizer.param_groups, groups, optimizer.defaults)
     assert [len(g["params"]) for g in split] == [2, 2, 3]
     assert split[-1]["params"][-1] is extra
+
+
+@pytest.mark.parametrize("network", [None, "net"])
+def test_layer_groups__of_a_network_with_its_own_backbone_and_head(network: str | None) -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3))
+            self.head = nn.Linear(5, 2)
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Own()
+            self.temperature = nn.Parameter(torch.ones(()))
+
+    groups = layer_groups(Whole(), network)
+    names = {name: [key for key, _ in group.named_parameters()] for name, group in groups.items()}
+    assert names == {
+        "0": ["net.backbone.0.weight", "net.backbone.0.bias"],
+        "2": ["net.backbone.2.weight", "net.backbone.2.bias"],
+        "head": ["temperature", "net.head.weight", "net.head.bias"],
+    }

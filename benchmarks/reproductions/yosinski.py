@@ -73,7 +73,7 @@ class TinyCNN(pl.LightningModule):
             images = images.flip(-1)
         return nn.functional.cross_entropy(self(images), labels)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
         self.log("acc", (self(images).argmax(1) == labels).float().mean(), batch_size=len(labels))
 
@@ -116,7 +116,7 @@ def train(module: TinyCNN, images: TensorDataset, epochs: int, frozen: int, seed
 
 
 def accuracy(module: TinyCNN, images: TensorDataset) -> float:
-    (found,) = quiet_trainer([]).validate(module, DataLoader(images, batch_size=1000), verbose=False)
+    (found,) = quiet_trainer([]).test(module, DataLoader(images, batch_size=1000), verbose=False)
     return 100 * found["acc"]
 
 

@@ -294,11 +294,13 @@ class GradualUnfreeze(StageCallback):
 
         Lightning goes on in the next epoch then, without validation, by which a stage with `until` is judged.
         """
-        lost = self._loaded is not None and self._loaded["epoch_end_lost"]
-        if lost or trainer.current_epoch >= self.current_run(trainer).end_epoch:
+        if self._loaded is not None and self._loaded["epoch_end_lost"]:
+            with _back_in_the_epoch(trainer):
+                self._announce(trainer, pl_module)
+                _validate_at_epoch_end(trainer)
+                self._end_epoch(trainer, pl_module, next_epoch=trainer.current_epoch + 1)
+        elif trainer.current_epoch >= self.current_run(trainer).end_epoch:
             self._announce(trainer, pl_module)
-            if lost:
-                _validate_again(trainer)
             self._end_epoch(trainer, pl_module, next_epoch=trainer.current_epoch)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -554,15 +556,30 @@ def _epoch_end_lost(fit_loop: dict[str, Any]) -> bool:
     return bool(saved_at_batch_end and batches["is_last_batch"])
 
 
-def _validate_again(trainer: pl.Trainer) -> None:
-    """The validation of the epoch before, from the weights that it would have had.
+@contextmanager
+def _back_in_the_epoch(trainer: pl.Trainer) -> Iterator[None]:
+    """The Trainer's counters as they were after the last batch of the epoch that it takes for finished.
 
-    There is no public way to validate inside a fit; guarded by
-    `test_resume__makes_up_for_a_lost_epoch_end` (Lightning 2.5 to 2.6).
+    So `current_epoch` is right, and a checkpoint that is saved inside is resumed in the same way.
+    """
+    counters = trainer.fit_loop.epoch_progress
+    for counter in (counters.total, counters.current):
+        counter.processed, counter.completed = counter.processed - 1, counter.completed - 1
+    yield
+    counters.increment_processed()
+    counters.increment_completed()
+
+
+def _validate_at_epoch_end(trainer: pl.Trainer) -> None:
+    """Validates where the Trainer does so after an epoch's last batch.
+
+    There is no public way to do that inside a fit; guarded, with the counters above, by
+    `test_resume__makes_up_for_the_end_of_an_epoch_that_a_checkpoint_lacks` (Lightning 2.5 to 2.6).
     """
     every_epochs, every_batches = trainer.check_val_every_n_epoch, trainer.val_check_batch
     at_epoch_end = bool(every_batches) and trainer.num_training_batches % every_batches == 0
-    if not trainer.enable_validation or not at_epoch_end or not every_epochs or trainer.current_epoch % every_epochs:
+    due = at_epoch_end and bool(every_epochs) and (trainer.current_epoch + 1) % every_epochs == 0
+    if not (trainer.enable_validation and due):
         return
     before = rng_state()
     loop = trainer.fit_loop.epoch_loop.val_loop

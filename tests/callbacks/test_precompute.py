@@ -31,6 +31,7 @@ from lightning_unfreeze import feature_store
 from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage
 from lightning_unfreeze.callbacks.precompute import PrecomputeFeatures
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
+from lightning_unfreeze.feature_pass import FeaturePass
 from lightning_unfreeze.layer_groups import layer_groups
 from lightning_unfreeze.loaders import EpochSampler, KeyedDataset, ResumableLoader
 from lightning_unfreeze.stages import Stage
@@ -788,20 +789,24 @@ def test_precompute__an_existing_store_always_pays(tmp_path):
 # --- with the others -------------------------------------------------------------------------------------------------
 
 
-def test_precompute__a_later_boundary_is_reached_from_the_store_of_an_earlier_one(tmp_path):
+def test_precompute__a_later_boundary_is_reached_from_the_store_of_an_earlier_one(tmp_path, monkeypatch):
     def plan(precompute: bool) -> list[Stage]:
         return [
-            Stage("top", train=["1", "head"], epochs=1, precompute=precompute, lr=1e-9),
+            Stage("top", train=["1", "head"], epochs=1, precompute=precompute),
             Stage("head", train="head", epochs=2, precompute=precompute),
         ]
 
-    class Still(UserModule):
-        """Whose middle group has no learning rate, so that only the store is looked at."""
+    sources = []
+    original = FeaturePass._batches
 
-    data = Images(random_images())
-    plain, _ = fit(None, train=ordered(data), stages=plan(False))
-    stored, _ = fit(tmp_path, train=ordered(data), stages=plan(True))
-    assert len(stores(tmp_path)) == 2
+    def batches(self: FeaturePass, view: int, rows: torch.Tensor, earlier: Any) -> Any:
+        sources.append((self.prefix.boundary, earlier is not None))
+        return original(self, view, rows, earlier)
+
+    monkeypatch.setattr(FeaturePass, "_batches", batches)
+    plain, _ = fit(None, stages=plan(False))
+    stored, _ = fit(tmp_path, stages=plan(True))
+    assert sources == [("net.backbone.0", False), ("net.backbone", True)]
     assert same_weights(weights_of(plain), weights_of(stored)) == []
 
 
