@@ -6,9 +6,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
+from torch import nn
 
 _WORKING = "single device (cpu, cuda, mps), 'ddp', 'ddp_spawn', 'ddp_fork', 'ddp_notebook'"
 
@@ -28,6 +30,32 @@ def refuse_untested_strategy(trainer: pl.Trainer) -> None:
             f"stages are not supported under {type(strategy).__name__}: it fixes what trains when it wraps the module; "
             f"strategies that work: {_WORKING}"
         )
+
+
+def refuse_sync_batchnorm(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Refuses `Trainer(sync_batchnorm=True)` for BatchNorm layers that do more than normalise.
+
+    torch's converter replaces every subclass by a plain `SyncBatchNorm`: the activation and dropout inside timm's
+    `BatchNormAct2d` would be gone without a word.
+
+    Raises:
+        MisconfigurationException: Naming a layer, and what to do.
+    """
+    # the strategy keeps the option under a private name alone; guarded by
+    # `test_sync_batchnorm__is_refused_where_torch_drops_an_activation` (Lightning 2.5 to 2.6)
+    if getattr(trainer.strategy, "_layer_sync", None) is None:
+        return
+    for name, module in pl_module.named_modules():
+        plain = nn.modules.batchnorm._BatchNorm.forward
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module).forward not in (
+            plain,
+            nn.SyncBatchNorm.forward,
+        ):
+            raise MisconfigurationException(
+                f"Trainer(sync_batchnorm=True) would replace {name} ({type(module).__name__}) by a SyncBatchNorm, which "
+                "normalises and no more: its activation would be lost; set sync_batchnorm=False and convert the network "
+                "yourself, for timm models by timm.layers.convert_sync_batchnorm(network)"
+            )
 
 
 def rebuild_ddp(trainer: pl.Trainer) -> None:

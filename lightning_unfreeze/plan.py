@@ -78,7 +78,6 @@ class _PlanProbe(GradualUnfreeze):
         batches = int(trainer.num_training_batches)
         images = len(loader.dataset) if hasattr(loader, "dataset") else 0  # type: ignore[union-attr]
         self.rows = [self._row(trainer, pl_module, stage, batch, batches, images) for stage in self.stages]
-        self._rows = []
         trainer.should_stop = True
 
     def _row(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,12 +11,18 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BaseFinetuning, LearningRateFinder, StochasticWeightAveraging
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lightning_unfreeze.callbacks.base import StageCallback, StageRun, players
-from lightning_unfreeze.distributed import broadcast_buffers, gather_objects, rebuild_ddp, refuse_untested_strategy
+from lightning_unfreeze.distributed import (
+    broadcast_buffers,
+    gather_objects,
+    rebuild_ddp,
+    refuse_sync_batchnorm,
+    refuse_untested_strategy,
+)
 from lightning_unfreeze.layer_groups import (
     LayerGroup,
     frozen_modules,
@@ -26,12 +31,11 @@ from lightning_unfreeze.layer_groups import (
     select,
     split_param_groups,
 )
-from lightning_unfreeze.reporting import plot_stages, report_dir, save_figure, show, table_of, write_csv
 from lightning_unfreeze.seeding import rng_state, seed_all, set_rng_state
+from lightning_unfreeze.stage_journal import StageJournal
 from lightning_unfreeze.stages import Stage, check_plan, plan_epochs
 
 _LIGHTNING_DEFAULT_EPOCHS = 1000
-_CURVE_POINTS_PER_EPOCH = 50
 _SCHEDULERS_LISTS_PER_GROUP = frozenset(
     {"base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums", "base_values"}
 )
@@ -85,10 +89,7 @@ class GradualUnfreeze(StageCallback):
         self._modes_before: dict[nn.Module, bool] = {}
         self._fixed: set[nn.Parameter] = set()
         self._seeded_epoch: int | None = None
-        self._clock = time.monotonic()
-        self._rows: list[dict[str, Any]] = []
-        self._rates: list[tuple[int, dict[str, float]]] = []
-        self._metric: list[tuple[int, float]] = []
+        self.journal = StageJournal()
 
     # --- before training -------------------------------------------------------------------------------------------
 
@@ -109,6 +110,7 @@ class GradualUnfreeze(StageCallback):
         super().setup(trainer, pl_module, stage)
         self._start_afresh(trainer)
         refuse_untested_strategy(trainer)
+        refuse_sync_batchnorm(trainer, pl_module)
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 "stages need automatic optimization; the module sets automatic_optimization=False"
@@ -127,7 +129,7 @@ class GradualUnfreeze(StageCallback):
         if trainer.current_epoch == 0 and trainer.global_step == 0:
             self._index, self._start_epoch, self._start_step, self._seed = 0, 0, 0, None
             self._over, self._restaged = False, False
-            self._rows, self._rates, self._metric = [], [], []
+            self.journal = StageJournal()
 
     def _refuse_other_callbacks(self, trainer: pl.Trainer) -> None:
         for other in trainer.callbacks:  # type: ignore[attr-defined]
@@ -197,7 +199,7 @@ class GradualUnfreeze(StageCallback):
         self.enter_stage(trainer)
         self._seeded_epoch = self._start_epoch if self._loaded is None else self._loaded["next_epoch"]
         self._seed_epoch(trainer, self._seeded_epoch)
-        self._clock = time.monotonic()
+        self.journal.start_clock()
 
     def _split_optimizer(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         optimizer = trainer.optimizers[0]  # Lightning refuses several with automatic optimization
@@ -345,7 +347,7 @@ class GradualUnfreeze(StageCallback):
             return
         broadcast_buffers(trainer)
         self._end(trainer, pl_module, run)
-        self._close_row(trainer, run, next_epoch)
+        self.journal.close_stage(trainer, run.stage.name, next_epoch - run.start_epoch, run.start_step)
         if run.index + 1 < len(self.stages):
             self._index, self._start_epoch, self._start_step = run.index + 1, next_epoch, trainer.global_step
             self._restaged = False
@@ -371,74 +373,20 @@ class GradualUnfreeze(StageCallback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Keeps the rates for the picture, and logs them with the stage as often as the Trainer logs."""
-        step = trainer.global_step
-        every = max(1, int(min(trainer.num_training_batches, 1e6)) // _CURVE_POINTS_PER_EPOCH)
-        log_every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        to_log = log_every > 0 and step % log_every == 0
-        if batch_idx % every and not to_log:
-            return
-        rates: dict[str, float] = {}
-        for group in trainer.optimizers[0].param_groups:
-            if any(parameter.requires_grad for parameter in group["params"]):
-                rates.setdefault(group["layer_group"], float(group["lr"]))
-        if batch_idx % every == 0:
-            self._rates.append((step, rates))
-        if to_log:
-            for logger in trainer.loggers:
-                logger.log_metrics(
-                    {"stage": float(self._index), **{f"lr/{name}": rate for name, rate in rates.items()}}, step=step
-                )
+        """Notes the rates."""
+        self.journal.note_rates(trainer, self._index, batch_idx)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keeps the validation metric for the summary."""
-        name = self._metric_name(trainer)
-        fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
-        if fitting and name in trainer.callback_metrics:
-            self._metric.append((trainer.global_step, float(trainer.callback_metrics[name])))
+        """Notes the validation metric."""
+        self.journal.note_metric(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prints the table of the stages and writes `stages.csv` and `stages.png` beside the checkpoints."""
         run, stopped = self.run, not self._ended
         super().on_train_end(trainer, pl_module)
         if run is not None and stopped:
-            self._close_row(trainer, run, trainer.current_epoch)
-        if trainer.is_global_zero and self._rows and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._write_summary(trainer)
-
-    @rank_zero_only
-    def _write_summary(self, trainer: pl.Trainer) -> None:
-        best = f"best_{self._metric_name(trainer)}"
-        rows = [{**{k: row[k] for k in ("stage", "epochs", "seconds")}, best: row["_best"]} for row in self._rows]
-        if trainer.progress_bar_callback is not None:
-            show(table_of(rows, title="stages"))
-        folder = report_dir(trainer)
-        if folder is None:
-            return
-        write_csv(folder / "stages.csv", rows)
-        bands = [(row["stage"], row["_first_step"], row["_last_step"]) for row in self._rows]
-        figure = plot_stages(bands, self._rates, self._metric, self._metric_name(trainer))
-        save_figure(trainer, figure, "stages")
-
-    def _close_row(self, trainer: pl.Trainer, run: StageRun, next_epoch: int) -> None:
-        name = self._metric_name(trainer)
-        values = [value for step, value in self._metric if run.start_step < step <= trainer.global_step]
-        mode = getattr(trainer.checkpoint_callback, "mode", None) if name == self._monitored(trainer) else None
-        lower_is_better = mode == "min" if mode else "loss" in name
-        best = (min if lower_is_better else max)(values) if values else float("nan")
-        seconds = time.monotonic() - self._clock
-        self._clock = time.monotonic()
-        row = {"stage": run.stage.name, "epochs": next_epoch - run.start_epoch, "seconds": round(seconds, 3)}
-        row |= {"_best": best, "_first_step": run.start_step, "_last_step": trainer.global_step}
-        self._rows.append(row)
-
-    def _metric_name(self, trainer: pl.Trainer) -> str:
-        return self._monitored(trainer) or next(
-            (name for name in ("val_acc", "val_loss") if name in trainer.callback_metrics), "val_acc"
-        )
-
-    def _monitored(self, trainer: pl.Trainer) -> str | None:
-        return getattr(trainer.checkpoint_callback, "monitor", None)
+            self.journal.close_stage(trainer, run.stage.name, trainer.current_epoch - run.start_epoch, run.start_step)
+        self.journal.write(trainer)
 
     def _log_plan(self, trainer: pl.Trainer) -> None:
         for logger in trainer.loggers:
@@ -470,9 +418,7 @@ class GradualUnfreeze(StageCallback):
             "start_step": self._start_step,
             "over": self._over,
             "seed": self._seed,
-            "rows": self._rows,
-            "rates": self._rates,
-            "metric": self._metric,
+            "journal": self.journal.state_dict(),
         }
 
     def on_save_checkpoint(
@@ -530,7 +476,7 @@ class GradualUnfreeze(StageCallback):
             rank_zero_info(f"the plan has changed ({difference}); going on in stage {current!r}")
         self._index, self._start_epoch, self._start_step = index, state["start_epoch"], state["start_step"]
         self._seed = state["seed"]
-        self._rows, self._rates, self._metric = list(state["rows"]), list(state["rates"]), list(state["metric"])
+        self.journal.load_state_dict(state["journal"])
         trainer.fit_loop.max_epochs = self._start_epoch + plan_epochs(self.stages[index:])
         self._over = state["over"] and plan == state["plan"]
         if self._over:  # the last stage ended before its time
