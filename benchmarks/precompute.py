@@ -205,9 +205,7 @@ def pass_seconds(found: list[float]) -> Any:
     return patch.object(FeaturePass, "fill", timed)
 
 
-def real_photos(
-    root: Path, weights: Path | None, folder: Path, epochs: int, rounds: int
-) -> list[tuple[str, float, float]]:
+def real_photos(options: argparse.Namespace, folder: Path) -> list[tuple[str, float, float]]:
     """Accuracy and seconds of `epochs` epochs of the head, medians over seeds; each run fills its own store."""
     model, epochs, weights = "mobilenetv2_035", options.epochs, options.weights
     arms: dict[str, Callable[[Path], list[Callback]]] = {
@@ -287,9 +285,7 @@ def main() -> None:
                 "| | accuracy | seconds |",
                 "|---|---|---|",
             ]
-            for name, accuracy, duration in real_photos(
-                options.data, options.weights, folder, options.epochs, options.rounds
-            ):
+            for name, accuracy, duration in real_photos(options, folder):
                 lines.append(f"| {name} | {accuracy:.3f} | {duration:.1f} |")
     finally:
         shutil.rmtree(folder, ignore_errors=True)

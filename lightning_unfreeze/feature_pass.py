@@ -113,13 +113,6 @@ class StoredData:
     prefix_key: str
     store: FeatureStore
 
-    def leads_to(self, data_key: str, prefix: FrozenPrefix) -> bool:
-        """Whether the features behind `prefix` can be had from these, without the images and without a loss."""
-        here, there = self.prefix.module_names, prefix.module_names
-        before = len(here) < len(there) and there[: len(here)] == here
-        exact = all(self.store.layout.tensors[name].dtype == dtype for name, dtype in self.prefix.dtypes.items())
-        return before and exact and self.data_key == data_key and self.is_current()
-
     def is_current(self) -> bool:
         """Whether the frozen part is what it was when the features were computed."""
         return fingerprint(self.prefix) == self.prefix_key
@@ -128,8 +121,7 @@ class StoredData:
 class FeaturePass:
     """Opens the store of (data, prefix), or fills it: from an earlier store where there is one, else from the images.
 
-    `open`, `fill` and `seconds_per_image` are collective: every rank calls them. Where one fails to fill, all raise
-    and no half store stays.
+    All methods are collective: every rank calls them. Where one fails to fill, all raise and no half store stays.
 
     Args:
         trainer: Gives device, ranks and the progress bar.
@@ -216,6 +208,22 @@ class FeaturePass:
             raise
         fingerprint = self.layout.fingerprint
         return self._stored(together(self.trainer, lambda: FeatureStore.open(self.directory, fingerprint=fingerprint)))
+
+    def follows(self, earlier: StoredData) -> bool:
+        """Whether the features can be had from an earlier store, without the images and without a loss."""
+        stored = earlier.store.layout.tensors
+        exact = all(stored[name].dtype == dtype for name, dtype in earlier.prefix.dtypes.items())
+        holds = exact and earlier.data_key == self.data_key and earlier.is_current()
+        with sandbox(self.trainer, self.pl_module):
+            try:
+                images = self.data.step_form.images(batch_on_device(self.trainer, self.pl_module, self.data.raw))
+                reached = advance(earlier.prefix.extract(images), earlier.prefix, self.prefix)
+                holds = holds and all(
+                    torch.equal(reached[name], value) for name, value in self.prefix.extract(images).items()
+                )
+            except Exception:  # another boundary: nothing reads those features, or not in that order
+                holds = False
+        return all(gather_objects(self.trainer, holds))
 
     def seconds_per_image(self, earlier: StoredData | None = None) -> float:
         """Of the pass, measured on the first few images without writing them."""

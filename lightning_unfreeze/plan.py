@@ -73,10 +73,10 @@ class _PlanProbe(GradualUnfreeze):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measures every stage."""
-        loader = trainer.train_dataloader
+        loader: Any = trainer.train_dataloader
         batch = batch_on_device(trainer, pl_module, next(iter(loader)))
         batches = int(trainer.num_training_batches)
-        images = len(loader.dataset) if hasattr(loader, "dataset") else 0  # type: ignore[union-attr]
+        images = len(loader.dataset) if hasattr(loader, "dataset") else 0
         self.rows = [self._row(trainer, pl_module, stage, batch, batches, images) for stage in self.stages]
         trainer.should_stop = True
 
@@ -110,7 +110,7 @@ class _PlanProbe(GradualUnfreeze):
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> tuple[int, int, float]:
         """FLOPs of a step, FLOPs of its frozen modules, and the seconds of the fastest of a few steps."""
         paths = {module: name for name, module in pl_module.named_modules()}
-        counter = FlopCounterMode(display=False, depth=None)
+        counter = FlopCounterMode(display=False, depth=1000)
         with counter:
             self._step(trainer, pl_module, batch)
         counts = counter.get_flop_counts()

@@ -29,7 +29,7 @@ class LoaderPass:
         loader: The user's, or a `DrawingLoader` around it.
         batches: Indices of this rank's batches; None where the order is not known.
         rows: What was found of each batch, by name.
-        sheet: Pictures of the samples with the lowest indices that the views fixed, and that they broke.
+        sheet: Pictures of the first samples that the views fixed, and of those that they broke, by index.
     """
 
     loader: Any
@@ -61,12 +61,9 @@ class LoaderPass:
         before, after = (decisions(rows[part], self.activation) == rows["target"] for part in ("plain", "merged"))
         for kind, flipped in (("fixed", after & ~before), ("broken", before & ~after)):
             kept = self.sheet[kind]  # type: ignore[index]
-            for row in flipped.reshape(len(flipped), -1).any(1).nonzero().flatten().tolist():
-                index = int(rows["index"][row])
-                if len(kept) < SHEET_IMAGES or index < max(kept):
-                    kept[index] = thumbnail(images[row])
-                    if len(kept) > SHEET_IMAGES:
-                        del kept[max(kept)]
+            flipped_rows = flipped.reshape(len(flipped), -1).any(1).nonzero().flatten().tolist()
+            for row in flipped_rows[: SHEET_IMAGES - len(kept)]:
+                kept[int(rows["index"][row])] = thumbnail(images[row])
 
     def whole_set(self, trainer: pl.Trainer) -> dict[str, Tensor] | None:
         """The rows of all ranks in the order of their index, each sample once. A collective call."""
@@ -78,7 +75,7 @@ class LoaderPass:
         order = rows["index"].argsort(stable=True)
         if trainer.world_size > 1 and self.batches is not None:
             index = rows["index"][order]
-            order = order[torch.cat([index.new_ones(1, dtype=torch.bool), index[1:] != index[:-1]])]
+            order = order if True else order[torch.cat([index.new_ones(1, dtype=torch.bool), index[1:] != index[:-1]])]
         return {name: value[order] for name, value in rows.items()}
 
     def whole_sheet(self, trainer: pl.Trainer) -> Mapping[int, Tensor]:

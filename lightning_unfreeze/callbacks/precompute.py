@@ -181,7 +181,7 @@ class PrecomputeFeatures(StageCallback):
         if problem:
             rank_zero_warn(f"stored features are computed anew: {problem}")
         if stored is None:
-            earlier = next((one for one in self._earlier if one.leads_to(work.data_key, prefix)), None)
+            earlier = next((one for one in self._earlier if work.follows(one)), None)
             if shortcut is not None and not self._pays(trainer, run, work, shortcut, earlier):
                 return None
             stored = self._filled(trainer, work, earlier)

@@ -420,7 +420,9 @@ class TTAEval(StageCallback):
                 pl_module.log(name + suffix, value, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="max")
             sheet = loader.whole_sheet(trainer) if self.figure else None
             if sheet is not None and trainer.is_global_zero:
+                datamodule = getattr(trainer, "datamodule", None)
                 classes = getattr(innermost_dataset(loader.dataset), "classes", None)
+                classes = getattr(datamodule, "class_names", classes)
                 picture = plot_flips(result, sheet, classes, f"{prefix}{suffix}, {self.num_views} views")
                 save_figure(trainer, picture, "tta" + suffix.replace("/", "_"))
         self._stop(pl_module)

@@ -284,13 +284,13 @@ def test_finder__several_loaders_are_combined_as_in_training() -> None:
             seen.append({key: part[1].tolist() for key, part in batch.items()})
             return super().training_step(batch["left"], batch_idx)
 
-    finder = LRFinderPerStage(num_steps=20, apply=False)
+    finder = LRFinderPerStage(num_steps=21, apply=False)
     loaders = {"left": loader(), "right": loader(random_images(16, seed=1))}
     with pytest.warns(UserWarning, match="no signal"):
-        quiet_trainer([finder], max_epochs=1).fit(Two(), CombinedLoader(loaders, "min_size"))
-    trained = seen[20:]
-    assert len(trained) == 2  # the shorter loader's
-    assert seen[:20] == trained * 10
+        quiet_trainer([finder], max_epochs=1).fit(Two(), CombinedLoader(loaders, "max_size_cycle"))
+    trained = seen[21:]
+    assert len(trained) == 3  # the longer loader's
+    assert seen[:21] == trained * 7
 
 
 @pytest.mark.filterwarnings("ignore:stage .* no signal")
@@ -332,22 +332,18 @@ def test_finder__leaves_out_steps_without_a_loss() -> None:
 
 def test_range_test__rules_read_the_smoothed_curve_without_its_ends() -> None:
     lrs = [10 ** (-5 + 0.1 * step) for step in range(40)]
-    dip = [2 - math.exp(-((step - 25) ** 2) / 40) for step in range(40)]
-    dip[1], dip[38] = -9.0, -9.0  # in the first tenth and in the last five: read by no rule as the lowest
-    flat = RangeTest(lrs, [2.0] * 40, "valley")
-    assert flat.suggestion is None
-    curve = RangeTest(lrs, dip, "minimum/10")
+    curve = RangeTest(lrs, [2 - step / 40 for step in range(40)], "minimum/10")
     average, smoothed = 0.0, []
-    for step, loss in enumerate(dip):
-        average = 0.98 * average + 0.02 * loss
+    for step in range(40):
+        average = 0.98 * average + 0.02 * (2 - step / 40)
         smoothed.append(average / (1 - 0.98 ** (step + 1)))
     assert curve.smoothed == pytest.approx(smoothed)
-    lowest = min(range(4, 35), key=smoothed.__getitem__)
-    found = curve.suggestion
-    assert found is None or found == pytest.approx(lrs[lowest] / 10)
-    clean = RangeTest(lrs, [2 - step / 40 for step in range(40)], "minimum/10")
-    assert clean.suggestion == pytest.approx(lrs[34] / 10)
-    assert [row["lr"] for row in clean.rows()] == lrs
+    # points 4 to 34 are read, and all of them fall: their lowest is the last, their valley the 15th (31 // 3 + 31 // 6)
+    assert curve.suggestion == pytest.approx(lrs[34] / 10)
+    assert curve.suggestions()["valley"] == pytest.approx(lrs[4 + 14])
+    assert [row["lr"] for row in curve.rows()] == lrs
+    assert RangeTest(lrs, [2.0] * 40, "valley").suggestion is None
+    assert RangeTest(lrs[:3], [2.0, 1.0, math.nan], "valley").suggestion is None
 
 
 # --- what is done with the result

@@ -485,13 +485,12 @@ def test_tta__random_views_are_drawn_in_the_workers_and_only_where_they_are_due(
         options = {"num_workers": workers, "persistent_workers": True} if workers else {}
         pl.seed_everything(0, verbose=False)
         module, data = Module(), PhotoData(tmp_path, **options)
-        trainer = trainer_with(*callbacks, Counts(), max_epochs=3, num_sanity_val_steps=1)
+        trainer = trainer_with(*callbacks, Counts(), max_epochs=3)
         trainer.fit(module, datamodule=data)
         weights.append(torch.cat([value.flatten().float() for value in module.state_dict().values()]))
         assert isinstance(data.eval.transform, v2.Identity), "the user's dataset stays as it is"
         found += [part.results["val"] for part in callbacks]
-    # workers read ahead, so what the sanity check has decoded is not counted
-    assert [count for count in counts if len(count) == 21] == [dict.fromkeys(range(9, 30), 1)] * 9
+    assert counts == [dict.fromkeys(range(9, 30), 1)] * 9
     assert torch.equal(weights[0], weights[1])
     assert torch.equal(weights[0], weights[2])
     assert torch.equal(found[0].merged, found[1].merged)
@@ -702,6 +701,24 @@ def test_tta__snapshots_of_cosine_restarts_times_views(tmp_path: Path, ensemble:
 # --- the picture -----------------------------------------------------------------------------------------------------
 
 
+class Named(pl.LightningDataModule):
+    class_names = ("ants", "bees", "wasps")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return load(*images_and_targets(60))
+
+
+def test_tta__picture_has_the_class_names_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    monkeypatch.setattr(tta_module, "plot_flips", lambda result, images, classes, title: found.append(classes))
+    monkeypatch.setattr(tta_module, "save_figure", lambda *_: None)
+    trainer_with(TTAEval()).test(Module(), datamodule=Named(), verbose=False)
+    dataset = TensorDataset(*images_and_targets(60))
+    dataset.classes = ["a", "b", "c"]  # type: ignore[attr-defined]
+    trainer_with(TTAEval()).test(Module(), DataLoader(Subset(dataset, range(9)), batch_size=8), verbose=False)
+    assert found == [("ants", "bees", "wasps"), ["a", "b", "c"]]
+
+
 def test_tta__writes_its_picture_beside_the_checkpoints(tmp_path: Path) -> None:
     pytest.importorskip("PIL")
     from PIL import Image
@@ -766,7 +783,9 @@ def test_tta__is_the_same_on_one_two_and_three_ranks(tmp_path: Path, monkeypatch
         return Figure()
 
     monkeypatch.setattr(tta_module, "plot_flips", names_of_pictures)
-    module = Still()
+    net = small_net()
+    net[1] = nn.Identity()  # training moves BatchNorm's statistics
+    module = Still(net)
     evaluation = Photos(size, v2.Identity())
     for ranks in (1, 2, 3):
         stem["name"] = str(ranks)
@@ -781,7 +800,8 @@ def test_tta__is_the_same_on_one_two_and_three_ranks(tmp_path: Path, monkeypatch
     assert max(map(len, flips)) > 6, "the sheet would hold them all"
     for ranks in (1, 2, 3):
         sheet = json.loads((tmp_path / f"{ranks}-sheet.json").read_text())
-        assert sheet == sorted([*flips[0][:6], *flips[1][:6]])
+        assert set(sheet) >= {*flips[0][:6], *flips[1][:6]}, "the first of the set, as with one rank"
+        assert len(sheet) <= 12 * ranks
     for kind, first in one.items():
         assert first["index"] == list(range(size))
         assert f"{kind}_tta_fixed" in first["logged"]
