@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, LearningRateFinder, Stoc
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_unfreeze.callbacks.base import StageCallback, StageRun, players
 from lightning_unfreeze.distributed import (
@@ -57,6 +58,9 @@ class GradualUnfreeze(StageCallback):
     Args:
         stages: The plan; `Trainer(max_epochs=...)` need not be given.
         network: Attribute of the module that holds the network, e.g. `"model"`; None finds it (see `layer_groups`).
+        train_bn: Whether BatchNorm of layer groups that train updates its statistics. False keeps those of the
+            pretraining (eval mode; scale and shift train), often better for few images; new layers in the last layer
+            group are left alone.
         on_plan_change: What to do when a checkpoint was written by another plan: `"error"`, or `"restage"` to go on
             with the new plan in the stage of the same name.
 
@@ -70,6 +74,7 @@ class GradualUnfreeze(StageCallback):
         self,
         stages: list[Stage],
         network: str | None = None,
+        train_bn: bool = True,
         on_plan_change: Literal["error", "restage"] = "error",
     ) -> None:
         check_plan(stages)
@@ -77,6 +82,7 @@ class GradualUnfreeze(StageCallback):
             raise ValueError(f"on_plan_change={on_plan_change!r} is not 'error' or 'restage'")
         self.stages = list(stages)
         self.network = network
+        self.train_bn = train_bn
         self.on_plan_change = on_plan_change
         self.groups: dict[str, LayerGroup] = {}
         self._index, self._start_epoch, self._start_step = 0, 0, 0
@@ -263,6 +269,13 @@ class GradualUnfreeze(StageCallback):
     def _set_modes(self, pl_module: pl.LightningModule, chosen: set[str]) -> None:
         self._put_modes_back()
         self._frozen = frozen_modules(pl_module, self.groups, chosen)
+        if not self.train_bn:
+            pretrained = {parameter for group in list(self.groups.values())[:-1] for parameter in group}
+            self._frozen += [
+                module
+                for module in pl_module.modules()
+                if isinstance(module, _BatchNorm) and pretrained.issuperset(module.parameters())
+            ]
         self._modes_before = {module: module.training for root in self._frozen for module in root.modules()}
 
     def _put_modes_back(self) -> None:

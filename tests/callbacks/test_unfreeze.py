@@ -761,3 +761,24 @@ def test_unfreeze__a_strategy_that_shards_is_refused_in_setup(monkeypatch: pytes
     monkeypatch.setattr(type(trainer), "strategy", sharded)
     with pytest.raises(NotImplementedError, match=r"SimpleNamespace.*'ddp'"):
         trainer.callbacks[0].setup(trainer, user_module(), "fit")
+
+
+def test_unfreeze__train_bn_false_keeps_pretrained_statistics_and_trains_their_scale() -> None:
+    class WithNormInHead(SmallNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(6), nn.Linear(6, 3))
+
+    results = {}
+    for train_bn in (True, False):
+        torch.manual_seed(0)
+        module = UserModule(WithNormInHead())
+        start = weights_of(module)
+        stages = [Stage("head", train="head", epochs=1), Stage("full", epochs=1)]
+        quiet_trainer([GradualUnfreeze(stages, train_bn=train_bn)]).fit(module, loader())
+        moved = {name for name, value in weights_of(module).items() if not torch.equal(value, start[name])}
+        results[train_bn] = {name.removeprefix("net.") for name in moved if name.startswith("net.")}
+    statistics = {f"backbone.{i}.1.{name}" for i in (0, 1) for name in ("running_mean", "running_var")}
+    statistics |= {f"backbone.{i}.1.num_batches_tracked" for i in (0, 1)}
+    assert results[True] - results[False] == statistics
+    assert {"head.1.running_mean", "backbone.0.1.weight", "backbone.0.1.bias"} <= results[False]
