@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage
+from lightning_unfreeze import schedules
+from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage, RangeTest
 from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.stages import Stage
@@ -165,10 +166,7 @@ def main() -> None:
             f"seed {seed}: {len(result.lrs)} steps, {time.perf_counter() - start:.1f} s, {result.suggestions()}",
             flush=True,
         )
-        for rule, suggested in result.suggestions().items():
-            if suggested is not None:
-                at = {name: interpolated(suggested, measured, name) for name in ("acc", "loss")}
-                rows.append({"seed": seed, "label": rule, "lr": suggested, **at})
+        rows += read_by_rules(result, measured, seed)
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)
             name = f"{options.data.name}-{options.optimizer}-{options.batch_norm}"
@@ -183,6 +181,21 @@ class _Once(pl.Callback):
 
     def on_train_batch_start(self, *_: Any) -> int:
         return -1
+
+
+def read_by_rules(result: RangeTest, measured: dict[float, dict[str, float]], seed: int) -> list[dict[str, Any]]:
+    """What each rule reads off the curve, also where `suggest_lr` answers "no signal" (then `signal` is False)."""
+    read = slice(len(result.lrs) // 10, max(0, len(result.lrs) - 5))
+    rates, curve = np.array(result.lrs[read]), np.array(result.smoothed[read])
+    rows = []
+    for rule, suggested in result.suggestions().items():
+        try:
+            rate = schedules._RULES[rule](rates, curve)
+        except IndexError:  # a rule that finds nothing on a curve that only rises
+            continue
+        at = {name: interpolated(rate, measured, name) for name in ("acc", "loss")}
+        rows.append({"seed": seed, "label": rule, "lr": rate, "signal": suggested is not None, **at})
+    return rows
 
 
 def interpolated(rate: float, measured: dict[float, dict[str, float]], name: str) -> float:
@@ -207,7 +220,8 @@ def table(rows: list[dict[str, Any]], grid: list[float]) -> str:
         gaps = [row["acc"] - of[best][seed]["acc"] for seed, row in seeds.items()]
         error = np.std(gaps, ddof=1) / len(gaps) ** 0.5 if len(gaps) > 1 else float("nan")
         shown = [f"{middle} [{low}, {high}]" for middle, low, high in (spread(lrs, ".2g"), spread(accs, ".3f"))]
-        gap = f"{np.mean(gaps):+.3f} ({error:.3f}), n={len(gaps)}"
+        signals = f", signal in {sum(row['signal'] for row in seeds.values())}" if "signal" in seeds[min(seeds)] else ""
+        gap = f"{np.mean(gaps):+.3f} ({error:.3f}), n={len(gaps)}{signals}"
         lines.append(f"| {label} | {shown[0]} | {shown[1]} | {np.mean(losses):.3f} | {gap} |")
     return "\n".join(lines)
 

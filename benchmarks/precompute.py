@@ -280,7 +280,7 @@ def main() -> None:
         if "photos" in options.only and options.data:
             lines += [
                 "",
-                f"{options.data.name}, 160 px, head alone, 8 epochs:",
+                f"{options.data.name}, 160 px, head alone, {options.epochs} epochs:",
                 "",
                 "| | accuracy | seconds |",
                 "|---|---|---|",

@@ -43,12 +43,11 @@ class DrawingLoader:
             MisconfigurationException: For data without a `transform`.
         """
         drawing = copy.copy(self.loader)
-        # a DataLoader refuses another dataset by assignment; the copy starts workers of its own, which see this one
+        # a DataLoader refuses another dataset by assignment; workers that already run hold copies of the old one
         vars(drawing).update(
             dataset=_DrawingDataset(self.loader.dataset, augmentation, num_views, seed),
             collate_fn=_CollateBoth(self.loader.collate_fn),
             persistent_workers=False,
-            _iterator=None,
         )
         self._drawing = drawing
 

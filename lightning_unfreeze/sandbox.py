@@ -66,8 +66,8 @@ def sandbox(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None
             parameter_back()
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        rebuild_ddp(trainer)
         set_rng_state(random_state)
+    rebuild_ddp(trainer)  # a collective call: not after an error, which may be that of one rank alone
 
 
 def training_loss(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> Tensor | None:

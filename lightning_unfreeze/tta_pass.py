@@ -75,7 +75,7 @@ class LoaderPass:
         order = rows["index"].argsort(stable=True)
         if trainer.world_size > 1 and self.batches is not None:
             index = rows["index"][order]
-            order = order if True else order[torch.cat([index.new_ones(1, dtype=torch.bool), index[1:] != index[:-1]])]
+            order = order[torch.cat([index.new_ones(1, dtype=torch.bool), index[1:] != index[:-1]])]
         return {name: value[order] for name, value in rows.items()}
 
     def whole_sheet(self, trainer: pl.Trainer) -> Mapping[int, Tensor]:

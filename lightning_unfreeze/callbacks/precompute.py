@@ -280,10 +280,6 @@ class PrecomputeFeatures(StageCallback):
         """Looks whether the module's own hooks changed the frozen part since its features were stored."""
         self._check_frozen_part(stage)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Chooses the view of a resumed epoch: only now the Trainer knows its number."""
-        self._choose_view(trainer, leader(trainer).current_run(trainer))
-
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Chooses the view of the epoch."""
         super().on_train_epoch_start(trainer, pl_module)

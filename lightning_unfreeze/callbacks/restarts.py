@@ -118,6 +118,7 @@ class CosineRestarts(StageCallback):
         self._last_start: tuple[int, Fraction] | None = None
         self._total_steps: float = math.inf
         self._last_step = -1
+        self._factor: tuple[int, float] | None = None
         self._forward_calls = 0
 
     # --- before training -------------------------------------------------------------------------------------------
@@ -177,7 +178,7 @@ class CosineRestarts(StageCallback):
     # --- the schedule ----------------------------------------------------------------------------------------------
 
     def _lay_out_cycles(self, trainer: pl.Trainer, stage: Stage) -> None:
-        self._first_len, self._last_start, self._total_steps = None, None, math.inf
+        self._first_len, self._last_start, self._total_steps, self._factor = None, None, math.inf, None
         planned = self.run is not None and self.run.planned
         if planned and stage.cycle_len is None:
             return
@@ -238,7 +239,10 @@ class CosineRestarts(StageCallback):
     def _write(self, trainer: pl.Trainer) -> None:
         if self.run is None:
             return
-        multiplier = self.multiplier(trainer.global_step - self.run.start_step)
+        step = trainer.global_step - self.run.start_step
+        if self._factor is None or self._factor[0] != step:  # asked for at both ends of a batch
+            self._factor = step, self.multiplier(step)
+        multiplier = self._factor[1]
         momentum = None if self.momentum is None else cycling_momentum(multiplier, *self.momentum)
         for group in trainer.optimizers[0].param_groups:
             # a group that was added late has its own rate as its peak
@@ -266,14 +270,14 @@ class CosineRestarts(StageCallback):
         if self.run is None or trainer.global_step == self._last_step:  # inside an accumulation window
             return
         self._last_step = trainer.global_step
+        to_log = trainer.loggers and trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         done = trainer.global_step - self.run.start_step
-        cycle = self.cycle(done - 1)
+        cycle = self.cycle(done - 1) if to_log or self.save_snapshots else None
         if cycle is not None:
             index, start, length = cycle
-            if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-                for logger in trainer.loggers:
-                    progress = {"cycle": float(index), "cycle_progress": (done - start) / length}
-                    logger.log_metrics(progress, step=trainer.global_step)
+            for logger in trainer.loggers if to_log else []:
+                progress = {"cycle": float(index), "cycle_progress": (done - start) / length}
+                logger.log_metrics(progress, step=trainer.global_step)
             if self.save_snapshots and self._ends_cycle(done):
                 self._save_snapshot(trainer, f"{self.run.stage.name}-cycle{index + 1}.ckpt")
         self._write(trainer)

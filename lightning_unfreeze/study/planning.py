@@ -111,7 +111,7 @@ def fit_budget(
         ValueError: If two seeds of the arms to keep do not fit.
 
     >>> fit_budget({"full9": 10, "skip34@flops": 10, "gradual": 10}, {}, 130, 10, ["full9", "skip34@flops"])
-    BudgetFit(arms=('full9', 'skip34@flops'), seeds=6, seconds=120)
+    BudgetFit(arms=('full9', 'skip34@flops'), seeds=6, seconds=120.0)
     """
 
     def needed(arms: Sequence[str], count: int) -> float:

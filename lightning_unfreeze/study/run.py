@@ -21,7 +21,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_unfreeze.callbacks.base import StageCallback
 from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage, RangeTest
@@ -151,8 +150,11 @@ def execute(task: Task, bench: Bench, costs: Costs) -> RunRecord:
         recorder = RunRecorder(bench.monitor, costs)
         finder = _CountingFinder(num_steps=bench.find_steps)
         callbacks = [
-            *policy_callbacks(bench.batch_norm, task.arm.other_batch_norm),
-            GradualUnfreeze(list(task.stages), bench.network),
+            GradualUnfreeze(
+                list(task.stages),
+                bench.network,
+                train_bn=trains_batch_norm(bench.batch_norm, task.arm.other_batch_norm),
+            ),
             # a store of its own: a run that found another one's features would not show what they cost
             PrecomputeFeatures(store_dir=folder, policy="always"),
             finder,
@@ -212,30 +214,13 @@ def images_per_second() -> float:
     return done / (time.perf_counter() - start)
 
 
-def policy_callbacks(policy: BatchNormPolicy, other: bool) -> list[Callback]:
-    """Return what the BatchNorm policy, or the other one, adds to the callbacks."""
-    return [FrozenBatchNorm()] if (policy == "frozen") != other else []
+def trains_batch_norm(policy: BatchNormPolicy, other: bool) -> bool:
+    """Return whether unfrozen BatchNorm moves its statistics, under the policy or the other one.
 
-
-class FrozenBatchNorm(Callback):
-    """Keeps every BatchNorm in eval mode: unfrozen ones go on training scale and shift, not their statistics.
-
-    It stands before the conductor, so that range tests see it too.
+    >>> trains_batch_norm("train", other=True)
+    False
     """
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Sets the mode, before a stage is announced."""
-        self._freeze(pl_module)
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Sets the mode again, whatever called `train()` since."""
-        self._freeze(pl_module)
-
-    @staticmethod
-    def _freeze(pl_module: pl.LightningModule) -> None:
-        for module in pl_module.modules():
-            if isinstance(module, _BatchNorm):
-                module.eval()
+    return (policy == "train") != other
 
 
 class _CountingFinder(LRFinderPerStage):

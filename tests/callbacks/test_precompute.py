@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import errno
 import pickle
+import time
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -28,12 +30,14 @@ from torch.utils.data import (
 from torchvision.transforms import v2
 
 from lightning_unfreeze import feature_store
+from lightning_unfreeze.callbacks import precompute
 from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage
 from lightning_unfreeze.callbacks.precompute import PrecomputeFeatures
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.feature_pass import FeaturePass
 from lightning_unfreeze.layer_groups import layer_groups
 from lightning_unfreeze.loaders import EpochSampler, KeyedDataset, ResumableLoader
+from lightning_unfreeze.shortcut import find_shortcut
 from lightning_unfreeze.stages import Stage
 from tests.conftest import SmallNet, UserModule, loader, quiet_trainer, random_images, same_weights, weights_of
 
@@ -83,8 +87,8 @@ def fit(
         module = UserModule()
     torch.manual_seed(7)
     stages = head_stage(store is not None) if stages is None else stages
-    precompute = PrecomputeFeatures(**{"store_dir": store, "policy": "always", **(options or {})})
-    trainer = quiet_trainer([GradualUnfreeze(stages), precompute, *(callbacks or [])], **trainer_options)
+    callback = PrecomputeFeatures(**{"store_dir": store, "policy": "always", **(options or {})})
+    trainer = quiet_trainer([GradualUnfreeze(stages), callback, *(callbacks or [])], **trainer_options)
     trainer.fit(module, ordered() if train is None else train, val, ckpt_path=ckpt_path)
     return module, trainer
 
@@ -681,7 +685,7 @@ class SaveAt(Callback):
         self.save(trainer, None)
 
 
-@pytest.mark.parametrize(("epoch", "batch"), [(0, 1), (1, None), (2, 0), (3, None)])
+@pytest.mark.parametrize(("epoch", "batch"), [(0, 1), (1, 1), (1, None), (2, 0), (3, 0)])
 def test_precompute__a_resumed_run_ends_as_the_uninterrupted_one(epoch, batch, tmp_path):
     def plan() -> list[Stage]:
         return [
@@ -766,17 +770,38 @@ class Slow(Images):
     """Reading takes 5 ms an image, far more than the small network."""
 
     def __getitem__(self, index: int) -> Any:
-        import time
-
         time.sleep(0.005)
         return super().__getitem__(index)
 
 
-@pytest.mark.parametrize(("epochs", "pays"), [(20, True), (1, False)])
-def test_precompute__stores_only_if_that_is_quicker(epochs, pays, tmp_path):
-    plan = head_stage(True, epochs)
-    fit(tmp_path, train=ordered(Slow(random_images())), stages=plan, options={"policy": "auto"}, limit_train_batches=3)
+@pytest.mark.parametrize(
+    # seconds with a store: 24 * 0.006 for the pass, 0.0005 for each image of each epoch; without: 0.005 + 0.001 each
+    ("epochs", "limit", "num_views", "pays"),
+    [
+        (20, 1.0, 1, True),
+        (1, 1.0, 1, False),
+        (2, 1.0, 1, True),
+        (2, 1, 1, False),
+        (2, 0.5, 1, False),
+        (2, 1.0, 2, False),
+    ],
+)
+def test_precompute__stores_only_if_that_is_quicker(epochs, limit, num_views, pays, tmp_path, monkeypatch):
+    def timed_shortcut(*arguments: Any) -> Any:
+        return dataclasses.replace(find_shortcut(*arguments), plain_seconds=0.001, stored_seconds=0.0005)
+
+    monkeypatch.setattr(precompute, "find_shortcut", timed_shortcut)
+    monkeypatch.setattr(precompute, "seconds", lambda *_: 8 * 0.005)
+    monkeypatch.setattr(FeaturePass, "seconds_per_image", lambda *_: 0.006)
+    options = {"policy": "auto", "num_views": num_views}
+    fit(tmp_path, stages=head_stage(True, epochs), options=options, limit_train_batches=limit)
     assert len(stores(tmp_path)) == int(pays)
+
+
+def test_precompute__measures_what_the_pass_takes(tmp_path):
+    """A store that saves the reading of twenty epochs pays on any machine."""
+    fit(tmp_path, train=ordered(Slow(random_images())), stages=head_stage(True, 20), options={"policy": "auto"})
+    assert len(stores(tmp_path)) == 1
 
 
 def test_precompute__an_existing_store_always_pays(tmp_path):

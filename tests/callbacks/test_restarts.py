@@ -141,7 +141,9 @@ def test_restarts__equal_torchs_scheduler_where_that_is_right() -> None:
 @pytest.mark.parametrize("options", [{"max_epochs": 3}, {"max_epochs": -1, "max_steps": 12}])
 def test_restarts__alone_without_a_length_make_the_fit_one_cycle(options: dict[str, Any]) -> None:
     module = Line()
-    quiet_trainer([CosineRestarts()], **options).fit(module, points(4))
+    trainer = quiet_trainer([CosineRestarts()], **options)
+    trainer.fit(module, points(4))
+    assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [0.0, 0.0]  # the end is no restart
     assert [rate for _, rate in module.rates] == pytest.approx(
         [0.03 * factor for factor in by_hand([Fraction(12)], 12)], rel=1e-9
     )

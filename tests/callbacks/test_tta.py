@@ -432,6 +432,18 @@ def decoded(log: Path) -> dict[int, int]:
 AUGMENT = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomCrop(8, padding=2)])
 
 
+class CountedAugmentation:
+    """Each draw adds a byte to a file."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        with self.log.open("ab") as file:
+            file.write(b".")
+        return AUGMENT(image)
+
+
 class PhotoData(pl.LightningDataModule):
     def __init__(self, log: Path | None = None, **options: Any) -> None:
         super().__init__()
@@ -471,26 +483,33 @@ def test_tta__random_views_are_the_training_augmentation_keyed_by_seed_view_and_
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_tta__random_views_are_drawn_in_the_workers_and_only_where_they_are_due(tmp_path: Path) -> None:
-    weights, found, counts = [], [], []
+    weights, found, counts, draws = [], [], [], []
+    photos, draw_log = tmp_path / "photos", tmp_path / "draws"
+    photos.mkdir()
+    draw_log.touch()
+    augmentation = CountedAugmentation(draw_log)
 
     class Counts(pl.Callback):
         def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            counts.append(decoded(tmp_path))
+            counts.append(decoded(photos))
+            draws.append(draw_log.stat().st_size)
 
     for workers, callbacks in (
         (0, []),
-        (0, [TTAEval("random", every=2, figure=False)]),
-        (2, [TTAEval("random", every=2, figure=False)]),
+        (0, [TTAEval("random", every=2, augmentation=augmentation, figure=False)]),
+        (2, [TTAEval("random", every=2, augmentation=augmentation, figure=False)]),
     ):
         options = {"num_workers": workers, "persistent_workers": True} if workers else {}
         pl.seed_everything(0, verbose=False)
-        module, data = Module(), PhotoData(tmp_path, **options)
+        module, data = Module(), PhotoData(photos, **options)
         trainer = trainer_with(*callbacks, Counts(), max_epochs=3)
         trainer.fit(module, datamodule=data)
         weights.append(torch.cat([value.flatten().float() for value in module.state_dict().values()]))
         assert isinstance(data.eval.transform, v2.Identity), "the user's dataset stays as it is"
         found += [part.results["val"] for part in callbacks]
     assert counts == [dict.fromkeys(range(9, 30), 1)] * 9
+    # 4 draws of 21 images, in the second of three epochs
+    assert draws == [0, 0, 0, 0, 84, 84, 84, 168, 168]
     assert torch.equal(weights[0], weights[1])
     assert torch.equal(weights[0], weights[2])
     assert torch.equal(found[0].merged, found[1].merged)

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_unfreeze import DigitsData, ImageFolderData, Stage, TransferClassifier
 from lightning_unfreeze.cli import main
+from lightning_unfreeze.plan import FLOP_FORMULAS
 from lightning_unfreeze.study import runner
 from lightning_unfreeze.study.arms import Arm, Recipe
 from lightning_unfreeze.study.costs import Costs, StageCost
@@ -28,7 +29,7 @@ from lightning_unfreeze.study.merge import merge_studies
 from lightning_unfreeze.study.planning import fit_budget, parse_duration
 from lightning_unfreeze.study.records import RunLog, RunRecord, pack_correct
 from lightning_unfreeze.study.result import load_study
-from lightning_unfreeze.study.run import FrozenBatchNorm, policy_callbacks
+from lightning_unfreeze.study.run import trains_batch_norm
 from lightning_unfreeze.study.runner import FIRST_TUNING_SEED, Study
 from lightning_unfreeze.study.shifts import SHIFTS, shifted_accuracy
 
@@ -236,6 +237,12 @@ def test_data__draws_are_keyed_by_seed_epoch_and_index() -> None:
     assert torch.equal(epoch(one, 3), epoch(other, 3))
     assert not torch.equal(epoch(one, 3), epoch(one, 4))
     assert not torch.equal(epoch(one, 3), epoch(drawn(1, train_size=20), 3))
+    # the same images under another seed: neither the order nor the augmentation alone is what differs
+    other = drawn(1, train_size=20)
+    other._train = one._train
+    mine, theirs = one.train_dataloader(), other.train_dataloader()
+    assert list(mine.sampler) != list(theirs.sampler)
+    assert any(not torch.equal(mine.dataset[index][0], theirs.dataset[index][0]) for index in range(5))
 
 
 def test_data__without_augmentation_reads_the_same_images_plain() -> None:
@@ -321,7 +328,7 @@ def test_null_study__of_two_equal_arms_finds_nothing(tmp_path: Path) -> None:
     for seed in (0, 1):
         a, b = (runs[arm, seed] for arm in ARMS)
         assert {**a, "key": "", "arm": ""} == {**b, "key": "", "arm": ""}
-    assert runs["full9", 0]["correct"] != runs["full9", 1]["correct"]
+    assert runs["full9", 0]["nll"] != runs["full9", 1]["nll"]
     assert verdict.outcome == "upheld" and "no certainty" in " ".join(verdict.changes)
 
 
@@ -341,23 +348,12 @@ def test_order__is_seed_major_with_the_arms_shuffled(tmp_path: Path, monkeypatch
     assert len(orders) > 6 and all(sorted(order) == sorted(shell.plan().arms) for order in orders)
 
 
-@pytest.mark.parametrize(("policy", "other", "frozen"), [("train", False, 0), ("train", True, 1), ("frozen", True, 0)])
-def test_batch_norm__policy_and_the_other_one(policy: Any, other: bool, frozen: int) -> None:
-    assert len(policy_callbacks(policy, other)) == frozen
-
-
-def test_frozen_batch_norm__keeps_statistics_and_trains_the_rest() -> None:
-    module = model()
-    before = {name: value.clone() for name, value in module.state_dict().items()}
-    data = StudyData(digits(), 0, train_size=20)
-    trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=1, callbacks=[FrozenBatchNorm()], logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
-    )  # fmt: skip
-    trainer.fit(module, datamodule=data)
-    changed = {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
-    assert not any("running" in name for name in changed)
-    assert any(name.endswith("bn1.weight") for name in changed)
+@pytest.mark.parametrize(
+    ("policy", "other", "trains"),
+    [("train", False, True), ("train", True, False), ("frozen", False, False), ("frozen", True, True)],
+)
+def test_batch_norm__policy_and_the_other_one(policy: Any, other: bool, trains: bool) -> None:
+    assert trains_batch_norm(policy, other) is trains
 
 
 # --- costs -----------------------------------------------------------------------------------------------------------
@@ -375,6 +371,18 @@ def test_costs__are_those_that_a_counter_finds(finished: Study) -> None:
     assert everything.epoch_flops == pytest.approx(2 * step.get_total_flops(), abs=2e6)  # two batches; shown to 1e6
     assert stored.once_flops == pytest.approx(2 * forward.get_total_flops(), abs=3e6)
     assert stored.epoch_flops < 0.01 * everything.epoch_flops
+
+
+@pytest.mark.parametrize(
+    ("groups", "make"), [(1, torch.nn.Conv2d), (8, torch.nn.Conv2d), (4, torch.nn.ConvTranspose2d)]
+)
+def test_flops__of_a_backward_are_two_forwards_also_of_grouped_convolutions(groups: int, make: Any) -> None:
+    convolution = make(8, 16, 3, padding=1, groups=groups, bias=False)
+    images = torch.randn(2, 8, 5, 5, requires_grad=True)
+    with FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter:
+        convolution(images).sum().backward()
+    forward = 2 * 2 * 25 * 16 * (8 // groups) * 9  # FLOPs, images, places, channels out and in, kernel
+    assert counter.get_total_flops() == 3 * forward
 
 
 def test_flops__of_the_matched_arm_lie_within_5_percent_of_the_reference(tmp_path: Path) -> None:
@@ -667,6 +675,12 @@ def test_cli_plan_and_run__of_the_config(
     assert len(load_study(out).records) == 4
     settings = json.loads((out / "study.json").read_text())["settings"]
     assert settings["model_fn"]["init_args"]["num_classes"] == 2
+
+
+def test_config__of_lp_ft_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["study", "plan", "--config", str(CONFIG.with_name("study_lp_ft.yaml")), "--trainer={accelerator: cpu}"])
+    said = capsys.readouterr().out
+    assert "C30 · U7" in said and "full9+other_bn" in said
 
 
 @pytest.mark.parametrize(
