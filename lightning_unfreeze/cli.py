@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 import lightning_unfreeze  # noqa: F401  (makes the short class names known to the parser)
 from lightning_unfreeze.reporting import show, table_of, write_csv
 
+_SHOWN_CHARACTERS = 80  # of a value in an error
 _EXPECTED_ERRORS = (MisconfigurationException, ValueError, NotImplementedError, OSError)
 
 
@@ -28,17 +29,28 @@ class _Parser(LightningArgumentParser):
 
 
 def _cause(message: str) -> str:
-    """The line of a parser's message that says what is wrong.
+    r"""The line of a parser's message that says what is wrong.
 
     For a value that may be of several types the parser lists one error per type and the whole value; the first is that
     of the type that was meant.
+
+    >>> _cause('Parser key "lr": Subtypes: [<class \'float\'>, None] Errors: - Expected a <class> Given value: x')
+    'lr: expected float or None, got x'
     """
     flat = " ".join(message.split())
-    if "Errors: - " in flat:
-        flat = flat.rpartition("Errors: - ")[2]
-        for end in (" - Not a valid subclass", " - Expected a ", " Given value type:"):
-            flat = flat.partition(end)[0]
-    return flat
+    above, found, errors = flat.rpartition("Errors: - ")
+    if not found:
+        return flat
+    key = above.rpartition('Parser key "')[2].partition('"')[0]
+    value = errors.partition(" Given value: ")[2]
+    if errors.startswith("Expected a <class") and len(value) < _SHOWN_CHARACTERS:
+        types = above.rpartition("Subtypes: [")[2].strip().removesuffix("]").replace(", ", " or ")
+        for noise in ("<class '", "'>", "typing.", "lightning.pytorch."):
+            types = types.replace(noise, "")
+        return f"{key}: expected {types.replace('NoneType', 'None')}, got {value}"
+    for end in (" - Not a valid subclass", " - Expected a ", " Given value type:"):
+        errors = errors.partition(end)[0]
+    return errors if key in errors else f"{key}: {errors}"
 
 
 class UnfreezeCLI(LightningCLI):
@@ -60,6 +72,17 @@ class UnfreezeCLI(LightningCLI):
             args=None if args is None else list(args),
             run=run,
         )
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """The Trainer of the config.
+
+        Raises:
+            MisconfigurationException: For options that go together badly, e.g. a callback that is listed twice.
+        """
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (RuntimeError, TypeError) as error:  # no user's code has run yet, so it is the config's fault
+            raise MisconfigurationException(str(error)) from error
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -137,7 +160,10 @@ def _study(arguments: list[str]) -> None:
 
 def _write_predictions(cli: UnfreezeCLI) -> None:
     """Writes `predictions.csv`: file, class, probability, for each image of the folder."""
-    batches, dataset = cli.trainer.predict_loop.predictions, getattr(cli.datamodule.predict_dataloader(), "dataset", None)
+    batches, dataset = (
+        cli.trainer.predict_loop.predictions,
+        getattr(cli.datamodule.predict_dataloader(), "dataset", None),
+    )
     files = getattr(dataset, "targets", None)
     if not files or not batches or not cli.trainer.is_global_zero:
         return

@@ -45,16 +45,13 @@ def refuse_sync_batchnorm(trainer: pl.Trainer, pl_module: pl.LightningModule) ->
     # `test_sync_batchnorm__is_refused_where_torch_drops_an_activation` (Lightning 2.5 to 2.6)
     if getattr(trainer.strategy, "_layer_sync", None) is None:
         return
+    plain = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
     for name, module in pl_module.named_modules():
-        plain = nn.modules.batchnorm._BatchNorm.forward
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module).forward not in (
-            plain,
-            nn.SyncBatchNorm.forward,
-        ):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module).forward not in plain:
             raise MisconfigurationException(
-                f"Trainer(sync_batchnorm=True) would replace {name} ({type(module).__name__}) by a SyncBatchNorm, which "
-                "normalises and no more: its activation would be lost; set sync_batchnorm=False and convert the network "
-                "yourself, for timm models by timm.layers.convert_sync_batchnorm(network)"
+                f"Trainer(sync_batchnorm=True) would replace {name} ({type(module).__name__}) by a SyncBatchNorm, "
+                "which normalises and no more: its activation would be lost; set sync_batchnorm=False and convert the "
+                "network yourself, for timm models by timm.layers.convert_sync_batchnorm(network)"
             )
 
 

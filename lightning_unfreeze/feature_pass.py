@@ -170,7 +170,7 @@ class FeaturePass:
 
     def _still_true(self, store: FeatureStore) -> bool:
         """Computes a few rows of view 0 anew; another batch size may round differently, never by a hundredth."""
-        some = torch.linspace(0, store.layout.num_rows - 1, _CHECKED_ROWS).long().unique()
+        some = torch.linspace(0, store.layout.num_rows - 1, _CHECKED_ROWS).long().unique()  # type: ignore[no-untyped-call]
         for rows, now in self._from_images(0, some):
             kept = store.read(rows)
             for name, value in now.items():
@@ -263,7 +263,7 @@ class FeaturePass:
 
     def _from_store(self, earlier: StoredData, view: int, rows: Tensor) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         device = self.trainer.strategy.root_device
-        for part in rows.split(self.data.loader.batch_size or 1):
+        for part in torch.split(rows, self.data.loader.batch_size or 1):
             beside = earlier.store.read(part, view)
             features = {name: beside.pop(name).to(device) for name in earlier.prefix.shapes}
             yield part, {**advance(features, earlier.prefix, self.prefix), **beside}

@@ -82,7 +82,9 @@ def random_images(num: int = 24, size_px: int = 12, num_classes: int = 3, seed: 
 
 
 def loader(dataset: Any = None, batch_size: int = 8, shuffle: bool = False, **options: Any) -> DataLoader[Any]:
-    return DataLoader(random_images() if dataset is None else dataset, batch_size=batch_size, shuffle=shuffle, **options)
+    return DataLoader(
+        random_images() if dataset is None else dataset, batch_size=batch_size, shuffle=shuffle, **options
+    )
 
 
 def quiet_trainer(callbacks: list[Callback], **options: Any) -> pl.Trainer:
@@ -109,5 +111,7 @@ def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
 def same_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> list[str]:
     """Names whose values are not bitwise equal; empty means equal."""
     return sorted(
-        name for name in {*left, *right} if name not in left or name not in right or not torch.equal(left[name], right[name])
+        name
+        for name in {*left, *right}
+        if name not in left or name not in right or not torch.equal(left[name], right[name])
     )

@@ -48,7 +48,12 @@ TINY = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=f
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*no signal:UserWarning", "ignore:.*without stored features:UserWarning")
-@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "quickstart" and not path.stem.startswith("study")))
+@pytest.mark.parametrize(
+    "name",
+    sorted(
+        path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "quickstart" and not path.stem.startswith("study")
+    ),
+)
 def test_config__is_complete_and_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["fit", "--config", str(CONFIGS / f"{name}.yaml"), *own_photos_arguments(photos(tmp_path / "photos"))]
@@ -105,7 +110,10 @@ BAD_PLANS: dict[str, tuple[list[dict[str, object]], str]] = {
     "lr_mult 0": ([{**HEAD, "lr_mult": 0}], r"lr_mult=0.* \(0, 1\]"),
     "lr_mult of another length": ([{**HEAD, "lr_mult": [0.1, 1]}], r"lr_mult has 2 factors, and there are 6"),
     "negative rate": ([{**HEAD, "lr": -1}], r"lr=-1.*above 0"),
-    "epochs against cycles": ([{**HEAD, "epochs": 4, "cycle_len": 1, "num_cycles": 3}], r"epochs=4, but 3 cycles.* 3 ep"),
+    "epochs against cycles": (
+        [{**HEAD, "epochs": 4, "cycle_len": 1, "num_cycles": 3}],
+        r"epochs=4, but 3 cycles.* 3 ep",
+    ),
     "no length": ([{"name": "head", "train": "head"}], r"no length.*epochs"),
     "a name twice": ([HEAD, HEAD], r"names have to differ.*head"),
     "typo in an option": ([{**HEAD, "epocs": 1}], r"epocs"),
@@ -157,16 +165,24 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "not there": (lambda folder: folder.rename(folder.with_name("elsewhere")), r"no such folder"),
     "one class": (remove_class, r"holds 1 class"),
     "empty class": (empty_class, r"bees.*without images|without images.*bees"),
-    "corrupt image": (lambda folder: (folder / "train" / "ants" / "0.jpg").write_bytes(b"no image"), r"0\.jpg.*corrupt"),
+    "corrupt image": (
+        lambda folder: (folder / "train" / "ants" / "0.jpg").write_bytes(b"no image"),
+        r"0\.jpg.*corrupt",
+    ),
     "class in val only": (lambda folder: (folder / "val" / "bees").rename(folder / "val" / "wasps"), r"wasps"),
-    }
+}
 
 
 @pytest.mark.parametrize("mistake", sorted(BAD_FOLDERS))
 def test_error__of_a_folder_is_one_line(mistake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spoil, says = BAD_FOLDERS[mistake]
     spoil(photos(tmp_path / "photos"))
-    quiet = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.default_root_dir", str(tmp_path)]
+    quiet = [
+        "--trainer.logger=false",
+        "--trainer.enable_checkpointing=false",
+        "--trainer.default_root_dir",
+        str(tmp_path),
+    ]
     config = yaml.safe_load((CONFIGS / "full_finetune.yaml").read_text())
     config["trainer"]["callbacks"] = config["trainer"]["callbacks"][:-1]  # no checkpoints, so no ModelCheckpoint
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))

@@ -1,7 +1,8 @@
 """Killed at any moment, resumed, and bitwise equal: `python -m tests.test_faults` prints the table of moments.
 
-A child process is forked for each run, so that imports are paid once, and kills itself with SIGKILL at a moment chosen by
-a seed: the n-th function call, Python's or C's, inside one part of the recipe. So a moment is the same on every machine.
+A child process is forked for each run, so that imports are paid once, and kills itself with SIGKILL at a moment chosen
+by a seed: the n-th function call, Python's or C's, inside one part of the recipe. So a moment is the same on every
+machine.
 """
 
 from __future__ import annotations
@@ -10,15 +11,12 @@ import csv
 import os
 import random
 import signal
-import socket
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +25,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loops import _EvaluationLoop, _TrainingEpochLoop
-from lightning.pytorch.strategies import DDPStrategy
 from matplotlib.figure import Figure
-from torch import nn
 
 from lightning_unfreeze.callbacks.base import StageCallback
 from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage
@@ -38,7 +34,6 @@ from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.tta import TTAEval
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.feature_pass import FeaturePass
-from lightning_unfreeze.feature_store import FeatureStore, StoreError
 from lightning_unfreeze.loaders import EpochSampler, KeyedDataset, ResumableLoader
 from lightning_unfreeze.stages import Stage
 from tests.conftest import SmallNet, UserModule, loader, quiet_trainer, random_images, same_weights, weights_of
@@ -86,7 +81,9 @@ def recipe_fit(folder: Path, save_every: int = 1, *callbacks: Callback) -> tuple
     torch.manual_seed(0)
     module = UserModule(SmallNet())
     # without version counters, for a version that was written after the last checkpoint would be written again
-    last = ModelCheckpoint(folder, save_top_k=0, save_last=True, every_n_train_steps=save_every, enable_version_counter=False)
+    last = ModelCheckpoint(
+        folder, save_top_k=0, save_last=True, every_n_train_steps=save_every, enable_version_counter=False
+    )
     best = ModelCheckpoint(folder, "best", monitor="val_loss", enable_version_counter=False)
     players = [
         GradualUnfreeze(RECIPE),
@@ -265,7 +262,9 @@ def all_moments(root: Path) -> tuple[list[dict[str, Any]], list[str]]:
                 after = torch.load(there / "scratch" / "weights.pt")
                 row["weights differ"] = len(same_weights(weights, after))
                 row["stray files"] = len(set(files_in(whole)) ^ set(files_in(there / "run")))
-                row["tables differ"] = sum(tables_in(whole)[name] != rows for name, rows in tables_in(there / "run").items())
+                row["tables differ"] = sum(
+                    tables_in(whole)[name] != rows for name, rows in tables_in(there / "run").items()
+                )
                 if row["weights differ"] or row["stray files"] or row["tables differ"]:
                     stray = set(files_in(whole)) ^ set(files_in(there / "run"))
                     failure = f"{row}, stray: {sorted(stray)}"

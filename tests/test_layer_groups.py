@@ -200,7 +200,10 @@ TORCHVISION_TOTALS = {
 
 def build(library: str, name: str) -> nn.Module:
     if library == "timm":
-        with torch.device("meta"):
+        try:
+            with torch.device("meta"):
+                return timm.create_model(name, pretrained=False)
+        except RuntimeError:  # older versions of timm compute with values in their constructors
             return timm.create_model(name, pretrained=False)
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     # regnet and the transformers of torchvision compute with values in their constructors

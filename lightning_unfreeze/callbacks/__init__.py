@@ -1,0 +1,1 @@
+"""The callbacks, and what they share (`base`)."""

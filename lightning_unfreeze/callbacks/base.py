@@ -25,7 +25,7 @@ class StageRun:
         resumed: True where the run was resumed inside the stage, so that its start lies in another process.
         planned: False for the single stage of a fit without `GradualUnfreeze`: then `stage` asks for nothing, and a
             callback does what it was attached for.
-        following: The stage after this one; None for the last.
+        later: The stages after this one.
     """
 
     index: int
@@ -34,7 +34,7 @@ class StageRun:
     start_step: int
     resumed: bool = False
     planned: bool = True
-    following: Stage | None = None
+    later: tuple[Stage, ...] = ()
 
     @property
     def end_epoch(self) -> int:
@@ -78,6 +78,10 @@ class StageCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any
     ) -> AbstractContextManager[Any]:
         """What a training step on a batch of the stage's loader needs around it, outside of the Trainer's own loop."""
+        return nullcontext()
+
+    def as_if_in(self, stage: Stage) -> AbstractContextManager[Any]:
+        """The parameters require gradients as in another stage of the plan, for a look ahead; the leader's."""
         return nullcontext()
 
     def around_stage_start(self, trainer: pl.Trainer, run: StageRun) -> AbstractContextManager[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -105,6 +106,7 @@ class PrecomputeFeatures(StageCallback):
         self._stored: dict[str, StoredData] = {}
         self._datasets: dict[str, FeatureDataset] = {}
         self._earlier: list[StoredData] = []
+        self._prefix_ahead: FrozenPrefix | None = None
         self._stage_index: int | None = None
         self._sources: list[tuple[Any, _DataLoaderSource]] = []
 
@@ -182,12 +184,46 @@ class PrecomputeFeatures(StageCallback):
             rank_zero_warn(f"stored features are computed anew: {problem}")
         if stored is None:
             earlier = next((one for one in self._earlier if work.follows(one)), None)
+            earlier = earlier or self._look_ahead(trainer, run, work)
             if shortcut is not None and not self._pays(trainer, run, work, shortcut, earlier):
                 return None
             stored = self._filled(trainer, work, earlier)
         if shortcut is not None and shortcut.reason:
             rank_zero_info(f"features are taken behind {prefix.boundary!r}, since {shortcut.reason}")
         return stored
+
+    def _look_ahead(self, trainer: pl.Trainer, run: StageRun, work: FeaturePass) -> StoredData | None:
+        """The store of the last stage to come that wants one, made now, if this stage's features follow from it.
+
+        Unfreezing from the top moves the boundary towards the input: what the last such stage stores leads to the
+        features of all before it, and the images are read once.
+        """
+        later = [stage for stage in run.later if stage.precompute]
+        module, head, shortcut = trainer.lightning_module, leader(trainer), None
+        if work.data.name == "train":
+            if not later or min(self.num_views, later[-1].num_epochs) != work.layout.num_views:
+                return None
+            try:
+                with sandbox(trainer, module), torch.enable_grad(), head.as_if_in(later[-1]):
+                    shortcut = together(trainer, lambda: find_shortcut(trainer, module, work.data))
+            except NoStoreError:
+                return None
+            _same_everywhere(trainer, shortcut.prefix)
+            self._prefix_ahead = shortcut.prefix if shortcut.prefix.boundary != work.prefix.boundary else None
+        if self._prefix_ahead is None:
+            return None
+        prefix, root = self._prefix_ahead, self._root(trainer)
+        ahead = together(
+            trainer, lambda: FeaturePass(trainer, module, work.data, prefix, root, self.dtype, self.verify)
+        )
+        stored, _ = ahead.open()
+        if stored is None:
+            if shortcut is not None and not self._pays(trainer, replace(run, stage=later[-1]), ahead, shortcut, None):
+                self._prefix_ahead = None
+                return None
+            stored = self._filled(trainer, ahead, None)
+        self._earlier.insert(0, stored)
+        return stored if work.follows(stored) else None
 
     def _viewed_data(
         self, trainer: pl.Trainer, run: StageRun, split: Literal["train", "val"], loader: Any
@@ -331,8 +367,8 @@ class PrecomputeFeatures(StageCallback):
 
     def on_stage_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
         """Gives the loaders back, and has those of the next stage asked for."""
-        following = self.run.following if self.run is not None else None
-        if self._sources and (self._stored or (following is not None and following.precompute)):
+        following = self.run.later[:1] if self.run is not None else ()
+        if self._sources and (self._stored or any(stage.precompute for stage in following)):
             _ask_for_loaders_again(trainer)
         self._check_frozen_part(stage)
         self._leave_stage()
@@ -368,7 +404,7 @@ class PrecomputeFeatures(StageCallback):
         for split in ("train", "val"):
             self._close(split)
         self._earlier = [*self._stored.values(), *self._earlier]
-        self._stored, self._datasets, self._stage_index = {}, {}, None
+        self._stored, self._datasets, self._stage_index, self._prefix_ahead = {}, {}, None, None
 
     def _detach(self) -> None:
         self._leave_stage()

@@ -247,8 +247,8 @@ class GradualUnfreeze(StageCallback):
         """The stage of the coming epoch, and where it started."""
         resumed = trainer.global_step > self._start_step or trainer.current_epoch > self._start_epoch
         resumed = resumed and not self._restaged
-        stage, following = self.stages[self._index], next(iter(self.stages[self._index + 1 :]), None)
-        return StageRun(self._index, stage, self._start_epoch, self._start_step, resumed, following=following)
+        stage, later = self.stages[self._index], tuple(self.stages[self._index + 1 :])
+        return StageRun(self._index, stage, self._start_epoch, self._start_step, resumed, later=later)
 
     def enter_stage(self, trainer: pl.Trainer) -> StageRun:
         """Freezes and unfreezes for the current stage, and wraps what trains, if that is not done yet."""
@@ -256,15 +256,29 @@ class GradualUnfreeze(StageCallback):
         if self._entered == run.index:
             return run
         chosen = set(select(self.groups, run.stage.train))
+        self._require_gradients(chosen)
+        self._set_modes(trainer.lightning_module, chosen)
+        rebuild_ddp(trainer)
+        self._entered = run.index
+        return run
+
+    def _require_gradients(self, chosen: set[str]) -> None:
         for name, group in self.groups.items():
             for parameter in group.parameters():
                 parameter.requires_grad_(name in chosen and parameter not in self._fixed)
                 if not parameter.requires_grad:
                     parameter.grad = None
-        self._set_modes(trainer.lightning_module, chosen)
-        rebuild_ddp(trainer)
-        self._entered = run.index
-        return run
+
+    @contextmanager
+    def as_if_in(self, stage: Stage) -> Iterator[None]:
+        """The parameters require gradients as in `stage`; modes stay as they are."""
+        before = [(p, p.requires_grad) for group in self.groups.values() for p in group.parameters()]
+        self._require_gradients(set(select(self.groups, stage.train)))
+        try:
+            yield
+        finally:
+            for parameter, required in before:
+                parameter.requires_grad_(required)
 
     def _set_modes(self, pl_module: pl.LightningModule, chosen: set[str]) -> None:
         self._put_modes_back()
@@ -521,7 +535,7 @@ def _back_in_the_epoch(trainer: pl.Trainer) -> Iterator[None]:
 
     So `current_epoch` is right, and a checkpoint that is saved inside is resumed in the same way.
     """
-    counters = trainer.fit_loop.epoch_progress
+    counters: Any = trainer.fit_loop.epoch_progress
     for counter in (counters.total, counters.current):
         counter.processed, counter.completed = counter.processed - 1, counter.completed - 1
     yield
@@ -535,9 +549,9 @@ def _validate_at_epoch_end(trainer: pl.Trainer) -> None:
     There is no public way to do that inside a fit; guarded, with the counters above, by
     `test_resume__makes_up_for_the_end_of_an_epoch_that_a_checkpoint_lacks` (Lightning 2.5 to 2.6).
     """
-    every_epochs, every_batches = trainer.check_val_every_n_epoch, trainer.val_check_batch
-    at_epoch_end = bool(every_batches) and trainer.num_training_batches % every_batches == 0
-    due = at_epoch_end and bool(every_epochs) and (trainer.current_epoch + 1) % every_epochs == 0
+    every_epochs, every_batches = trainer.check_val_every_n_epoch or 0, trainer.val_check_batch or 0
+    at_epoch_end = every_batches > 0 and trainer.num_training_batches % every_batches == 0
+    due = at_epoch_end and every_epochs > 0 and (trainer.current_epoch + 1) % every_epochs == 0
     if not (trainer.enable_validation and due):
         return
     before = rng_state()

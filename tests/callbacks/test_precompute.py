@@ -835,6 +835,32 @@ def test_precompute__a_later_boundary_is_reached_from_the_store_of_an_earlier_on
     assert same_weights(weights_of(plain), weights_of(stored)) == []
 
 
+def test_precompute__gradual_unfreezing_reads_the_images_once(tmp_path, monkeypatch):
+    def plan(precompute: bool) -> list[Stage]:
+        return [
+            Stage("head", train="head", epochs=2, precompute=precompute),
+            Stage("top", train=2, epochs=2, precompute=precompute),
+            Stage("full", epochs=1),
+        ]
+
+    sources = []
+    original = FeaturePass._batches
+
+    def batches(self: FeaturePass, view: int, rows: torch.Tensor, earlier: Any) -> Any:
+        sources.append((self.data.name, self.prefix.boundary, earlier is not None))
+        return original(self, view, rows, earlier)
+
+    monkeypatch.setattr(FeaturePass, "_batches", batches)
+    plain, _ = fit(None, stages=plan(False))
+    stored, _ = fit(tmp_path, stages=plan(True))
+    assert [source for source in sources if source[0] == "train"] == [
+        ("train", "net.backbone.0", False),  # for the second stage, from the images
+        ("train", "net.backbone", True),  # for the first one, from that store
+    ]
+    assert all(from_store == (boundary == "net.backbone") for _, boundary, from_store in sources)
+    assert same_weights(weights_of(plain), weights_of(stored)) == []
+
+
 def test_precompute__the_range_test_runs_on_stored_features(tmp_path):
     def run(store: Path | None) -> tuple[Any, pl.LightningModule]:
         finder = LRFinderPerStage(num_steps=20)
