@@ -33,9 +33,6 @@ def _cause(message: str) -> str:
 
     For a value that may be of several types the parser lists one error per type and the whole value; the first is that
     of the type that was meant.
-
-    >>> _cause('Parser key "lr": Subtypes: [<class \'float\'>, None] Errors: - Expected a <class> Given value: x')
-    'lr: expected float or None, got x'
     """
     flat = " ".join(message.split())
     above, found, errors = flat.rpartition("Errors: - ")

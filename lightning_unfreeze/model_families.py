@@ -174,6 +174,8 @@ def group_by_matcher(network: nn.Module, matcher: Matcher) -> dict[str, list[nn.
         # a final norm that no pattern names goes with the block registered before it
         home = ordinals[name] if ordinals[name] != leftover else home
         grouped[home if home is not None else leftover].append(name)
+    if not grouped:  # a matcher whose patterns match nothing (LeViT's, timm 1.0.22)
+        return group_by_matcher(network, _match_child_order(network))
     blocks = [grouped[ordinal] for ordinal in sorted(grouped)]
     groups = {
         name: [parameters[n] for n in members] for name, members in zip(_name_groups(blocks), blocks, strict=True)

@@ -11,12 +11,14 @@ import csv
 import os
 import random
 import signal
+import socket
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loops import _EvaluationLoop, _TrainingEpochLoop
+from lightning.pytorch.strategies import DDPStrategy
 from matplotlib.figure import Figure
+from torch import nn
 
 from lightning_unfreeze.callbacks.base import StageCallback
 from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage
@@ -34,6 +38,7 @@ from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.tta import TTAEval
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.feature_pass import FeaturePass
+from lightning_unfreeze.feature_store import FeatureStore, StoreError
 from lightning_unfreeze.loaders import EpochSampler, KeyedDataset, ResumableLoader
 from lightning_unfreeze.stages import Stage
 from tests.conftest import SmallNet, UserModule, loader, quiet_trainer, random_images, same_weights, weights_of
@@ -292,6 +297,157 @@ def test_kill__at_20_moments_the_resumed_run_ends_as_the_uninterrupted_one(tmp_p
     assert "the start" in went_on_at
     assert len(went_on_at) > 6
     assert len({row["at"] for row in rows}) > 10
+
+
+# --- SIGTERM ---------------------------------------------------------------------------------------------------------
+
+
+class SendsSigterm(Callback):
+    """As a cluster does before it takes the machine away."""
+
+    def __init__(self, at_step: int) -> None:
+        self.at_step = at_step
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
+        if trainer.global_step == self.at_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("at_step", [4, 7, 11, 16])  # in each stage; 11 is the last batch of an epoch and of a stage
+def test_sigterm__lightning_ends_the_run_and_it_goes_on_where_it_was(at_step: int, tmp_path: Path) -> None:
+    def interrupted() -> None:
+        saves = ModelCheckpoint(tmp_path / "run", "preempted", save_on_exception=True, every_n_epochs=1000)
+        recipe_fit(tmp_path / "run", 1000, saves, SendsSigterm(at_step))
+
+    assert wait(child(tmp_path / "stop", interrupted)) == 0, output_of(tmp_path / "stop")
+    (saved,) = (tmp_path / "run").glob("preempted*.ckpt")
+    assert torch.load(saved, weights_only=True)["global_step"] == at_step + 1
+    saved.rename(tmp_path / "run" / "last.ckpt")
+    whole, scratch = tmp_path / "whole", tmp_path / "scratch"
+    children = [
+        child(scratch / "resumed", lambda: finish(tmp_path / "run", scratch / "resumed", 1000)),
+        child(scratch / "whole", lambda: finish(whole, scratch / "whole", 1000)),
+    ]
+    assert [wait(each) for each in children] == [0, 0], output_of(scratch / "resumed")
+    resumed, uninterrupted = (torch.load(scratch / name / "weights.pt") for name in ("resumed", "whole"))
+    assert same_weights(uninterrupted, resumed) == []
+
+
+# --- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+class KillsRank(Callback):
+    """SIGKILL to the last rank, inside a training step or inside the pass that fills the store."""
+
+    def __init__(self, where: str | None) -> None:
+        self.where = where
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        if self.where == "feature pass" and trainer.global_rank == 1:
+            FeaturePass._fill_rows = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment, method-assign]
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
+        if self.where == "training step" and trainer.global_rank == 1 and trainer.global_step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def ranked_fit(
+    folder: Path, num_ranks: int, *callbacks: Callback, ckpt: str | None = None, wait_seconds: float = 60
+) -> UserModule:
+    """Two stages on the same global batches whatever the number of ranks; without what depends on the rank's own."""
+    torch.manual_seed(0)
+    module = UserModule(SmallNet(), optimizer="sgd")
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        if isinstance(part, nn.BatchNorm2d):
+            part.eval()
+    stages = [
+        Stage("head", train="head", epochs=2, precompute=True, lr=0.1),
+        Stage("full", epochs=2, lr=0.05, lr_mult=0.5),
+    ]
+    options: dict[str, Any] = {}
+    if num_ranks > 1:
+        strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=wait_seconds))
+        options = {"strategy": strategy, "devices": num_ranks}
+    precompute = PrecomputeFeatures(folder / "feature_store", policy="always")
+    trainer = quiet_trainer([GradualUnfreeze(stages), precompute, *callbacks], default_root_dir=folder, **options)
+    dataset = random_images(24)
+    train = ResumableLoader(dataset, batch_size=12 // num_ranks, sampler=EpochSampler(dataset, seed=1))
+    trainer.fit(module, train, ckpt_path=ckpt)
+    if trainer.is_global_zero:
+        torch.save(weights_of(module), folder / "weights.pt")
+    return module
+
+
+def ranks(scratch: Path, num_ranks: int, action: Callable[[], object]) -> list[int]:
+    """Processes that nobody watches over, as on the nodes of a cluster: no launcher ends one for the other's sake."""
+    port = str(free_port())
+
+    def as_rank(rank: int) -> None:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(num_ranks)}
+        os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+        action()
+
+    return [child(scratch / str(rank), lambda rank=rank: as_rank(rank)) for rank in range(num_ranks)]  # type: ignore[misc]
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("where", ["feature pass", "training step"])
+def test_ranks__one_is_killed_and_the_other_ends_with_an_error(where: str, tmp_path: Path) -> None:
+    folder, scratch = tmp_path / "run", tmp_path / "scratch"
+    pids = ranks(scratch, 2, lambda: ranked_fit(folder, 2, KillsRank(where), wait_seconds=10))
+    assert [wait(pid, 100) for pid in reversed(pids)] == [-signal.SIGKILL, 1], output_of(scratch / "0")
+    assert "Error" in output_of(scratch / "0")
+    # the store is finished and true, or unfinished and known to be
+    (store,) = (path for path in (folder / "feature_store").iterdir() if path.is_dir())
+    finished = (store / "manifest.json").is_file()
+    assert finished == (where == "training step")
+    if not finished:
+        with pytest.raises(StoreError, match=r"manifest.json is missing"):
+            FeatureStore.open(store, fingerprint="any")
+    # another run takes what is there and ends as one that was never disturbed
+    pids = ranks(tmp_path / "again", 2, lambda: ranked_fit(folder, 2))
+    assert [wait(pid) for pid in pids] == [0, 0], output_of(tmp_path / "again" / "0")
+    pids = ranks(tmp_path / "alone", 2, lambda: ranked_fit(tmp_path / "undisturbed", 2))
+    assert [wait(pid) for pid in pids] == [0, 0], output_of(tmp_path / "alone" / "0")
+    weights = [torch.load(path / "weights.pt") for path in (folder, tmp_path / "undisturbed")]
+    assert same_weights(*weights) == []
+    assert files_in(folder) == files_in(tmp_path / "undisturbed")
+
+
+class SavesEpochs(Callback):
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.save_checkpoint(self.folder / f"{trainer.current_epoch}.ckpt")
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_resume__with_another_number_of_ranks_at_an_epochs_end(before: int, after: int, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+
+    def run(folder: Path, num_ranks: int, *callbacks: Callback, ckpt: str | None = None) -> dict[str, torch.Tensor]:
+        pids = ranks(
+            tmp_path / f"output {folder.name}", num_ranks, lambda: ranked_fit(folder, num_ranks, *callbacks, ckpt=ckpt)
+        )
+        assert [wait(pid) for pid in pids] == [0] * num_ranks, output_of(tmp_path / f"output {folder.name}" / "0")
+        weights: dict[str, torch.Tensor] = torch.load(folder / "weights.pt")
+        return weights
+
+    uninterrupted = run(whole, before, SavesEpochs(whole))
+    for epoch in (0, 1, 2):  # inside the first stage, at its end, inside the second
+        resumed = run(tmp_path / f"resumed {epoch}", after, ckpt=str(whole / f"{epoch}.ckpt"))
+        for name, value in uninterrupted.items():
+            torch.testing.assert_close(resumed[name], value, rtol=0, atol=1e-6)
 
 
 # --- what Lightning loses --------------------------------------------------------------------------------------------

@@ -200,7 +200,9 @@ def outcome(text: str, folder: Path) -> tuple[str, str]:
             main(["fit", "--config", str(path), *LIMITS])
     except SystemExit as stop:
         lines = [line for line in errors.getvalue().splitlines() if line.startswith("error:")]
-        if stop.code == 2 and len(lines) == 1 and 20 < len(lines[0]) < 1000 and "Traceback" not in errors.getvalue():
+        # a line that says of what kind a value has to be, and not which value, helps nobody
+        names_it = len(lines) == 1 and not lines[0].startswith("error: Expected a")
+        if stop.code == 2 and names_it and 20 < len(lines[0]) < 1000 and "Traceback" not in errors.getvalue():
             return "refused", lines[0]
         return "FAILS", f"exit status {stop.code}, error lines {[line[:1500] for line in lines]}"
     except TooLongError:

@@ -7,6 +7,7 @@ import timm
 import torch
 import torchvision
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from packaging.version import Version
 from torch import nn
 
 from lightning_unfreeze.layer_groups import (
@@ -260,6 +261,8 @@ def test_layer_groups__of_a_known_model_are_its_stages(library: str, name: str) 
         group: sum(p.numel() for n, p in module.named_parameters() if within(n, prefixes))
         for group, prefixes in expected.items()
     }
+    if name == "levit_128s" and Version(timm.__version__) < Version("1.0.31"):
+        pytest.skip("timm's own matcher of LeViT matches nothing in older versions")
     assert list(groups) == list(expected)
     assert sizes(groups) == counts
     for group, prefixes in expected.items():

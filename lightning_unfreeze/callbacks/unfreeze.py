@@ -58,11 +58,11 @@ class GradualUnfreeze(StageCallback):
     Args:
         stages: The plan; `Trainer(max_epochs=...)` need not be given.
         network: Attribute of the module that holds the network, e.g. `"model"`; None finds it (see `layer_groups`).
+        on_plan_change: What to do when a checkpoint was written by another plan: `"error"`, or `"restage"` to go on
+            with the new plan in the stage of the same name.
         train_bn: Whether BatchNorm of layer groups that train updates its statistics. False keeps those of the
             pretraining (eval mode; scale and shift train), often better for few images; new layers in the last layer
             group are left alone.
-        on_plan_change: What to do when a checkpoint was written by another plan: `"error"`, or `"restage"` to go on
-            with the new plan in the stage of the same name.
 
     Raises:
         ValueError: For an empty plan or one that uses a name twice.
@@ -74,8 +74,8 @@ class GradualUnfreeze(StageCallback):
         self,
         stages: list[Stage],
         network: str | None = None,
-        train_bn: bool = True,
         on_plan_change: Literal["error", "restage"] = "error",
+        train_bn: bool = True,
     ) -> None:
         check_plan(stages)
         if on_plan_change not in ("error", "restage"):
