@@ -127,7 +127,7 @@ class _PlanProbe(GradualUnfreeze):
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> tuple[int, int, float]:
         """FLOPs of a step, FLOPs of its frozen modules, and the seconds of the fastest of a few steps."""
         paths = {module: name for name, module in pl_module.named_modules()}
-        counter = FlopCounterMode(display=False, depth=1000)
+        counter = FlopCounterMode(display=False, depth=1000, custom_mapping=FLOP_FORMULAS)
         with counter:
             self._step(trainer, pl_module, batch)
         counts = counter.get_flop_counts()

@@ -48,9 +48,11 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its processes"),
     # Lightning, about checkpoints that are there and those that are not yet
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
-    pytest.mark.filterwarnings("ignore:.ckpt_path=.last.. is set, but there is no last checkpoint available"),
+    pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available"),
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
     pytest.mark.filterwarnings("ignore:Found .* module:UserWarning"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
     # random labels need not have a signal; the rate then stays
     pytest.mark.filterwarnings("ignore:.*no signal in the range test"),
 ]
@@ -303,21 +305,32 @@ def test_kill__at_20_moments_the_resumed_run_ends_as_the_uninterrupted_one(tmp_p
 
 
 class SendsSigterm(Callback):
-    """As a cluster does before it takes the machine away."""
+    """As a cluster does before it takes the machine away: in a step, or in the end of an epoch."""
 
-    def __init__(self, at_step: int) -> None:
-        self.at_step = at_step
+    def __init__(self, at_step: int, at_epoch_end: bool) -> None:
+        self.at_step, self.at_epoch_end = at_step, at_epoch_end
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.at_epoch_end and trainer.global_step == self.at_step + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
-        if trainer.global_step == self.at_step:
+        if not self.at_epoch_end and trainer.global_step == self.at_step:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("at_step", [4, 7, 11, 16])  # in each stage; 11 is the last batch of an epoch and of a stage
-def test_sigterm__lightning_ends_the_run_and_it_goes_on_where_it_was(at_step: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("at_step", "at_epoch_end"),
+    # inside an epoch of each stage; in the last batch of a stage, of a cycle and of the run, where Lightning stops inside
+    # the validation after it; in an epoch's end
+    [(4, False), (7, False), (16, False), (11, False), (14, False), (20, False), (2, True), (11, True)],
+)
+def test_sigterm__lightning_ends_the_run_and_it_goes_on_where_it_was(
+    at_step: int, at_epoch_end: bool, tmp_path: Path
+) -> None:
     def interrupted() -> None:
         saves = ModelCheckpoint(tmp_path / "run", "preempted", save_on_exception=True, every_n_epochs=1000)
-        recipe_fit(tmp_path / "run", 1000, saves, SendsSigterm(at_step))
+        recipe_fit(tmp_path / "run", 1000, saves, SendsSigterm(at_step, at_epoch_end))
 
     assert wait(child(tmp_path / "stop", interrupted)) == 0, output_of(tmp_path / "stop")
     (saved,) = (tmp_path / "run").glob("preempted*.ckpt")
@@ -331,6 +344,7 @@ def test_sigterm__lightning_ends_the_run_and_it_goes_on_where_it_was(at_step: in
     assert [wait(each) for each in children] == [0, 0], output_of(scratch / "resumed")
     resumed, uninterrupted = (torch.load(scratch / name / "weights.pt") for name in ("resumed", "whole"))
     assert same_weights(uninterrupted, resumed) == []
+    assert tables_in(whole) == tables_in(tmp_path / "run")
 
 
 # --- ranks -----------------------------------------------------------------------------------------------------------
@@ -343,18 +357,18 @@ def free_port() -> int:
 
 
 class KillsRank(Callback):
-    """SIGKILL to the last rank, inside a training step or inside the pass that fills the store."""
+    """Kills (or stops) the last rank inside a training step, or inside the pass that fills the store."""
 
-    def __init__(self, where: str | None) -> None:
-        self.where = where
+    def __init__(self, where: str, how: signal.Signals) -> None:
+        self.where, self.how = where, how
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         if self.where == "feature pass" and trainer.global_rank == 1:
-            FeaturePass._fill_rows = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment, method-assign]
+            FeaturePass._fill_rows = lambda *_: os.kill(os.getpid(), self.how)  # type: ignore[assignment, method-assign]
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
         if self.where == "training step" and trainer.global_rank == 1 and trainer.global_step == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.how)
 
 
 def ranked_fit(
@@ -382,6 +396,7 @@ def ranked_fit(
     train = ResumableLoader(dataset, batch_size=12 // num_ranks, sampler=EpochSampler(dataset, seed=1))
     trainer.fit(module, train, ckpt_path=ckpt)
     if trainer.is_global_zero:
+        folder.mkdir(exist_ok=True)
         torch.save(weights_of(module), folder / "weights.pt")
     return module
 
@@ -399,12 +414,23 @@ def ranks(scratch: Path, num_ranks: int, action: Callable[[], object]) -> list[i
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("where", ["feature pass", "training step"])
-def test_ranks__one_is_killed_and_the_other_ends_with_an_error(where: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("where", "how"),
+    # a rank that is killed closes its connections; one that is stopped, as on a machine that died, does not
+    [
+        ("feature pass", signal.SIGKILL),
+        ("training step", signal.SIGKILL),
+        ("feature pass", signal.SIGSTOP),
+        ("training step", signal.SIGSTOP),
+    ],
+)
+def test_ranks__one_is_lost_and_the_other_ends_with_an_error(where: str, how: signal.Signals, tmp_path: Path) -> None:
     folder, scratch = tmp_path / "run", tmp_path / "scratch"
-    pids = ranks(scratch, 2, lambda: ranked_fit(folder, 2, KillsRank(where), wait_seconds=10))
-    assert [wait(pid, 100) for pid in reversed(pids)] == [-signal.SIGKILL, 1], output_of(scratch / "0")
+    first, last = ranks(scratch, 2, lambda: ranked_fit(folder, 2, KillsRank(where, how), wait_seconds=5))
+    assert wait(first, 60) == 1, output_of(scratch / "0")
     assert "Error" in output_of(scratch / "0")
+    os.kill(last, signal.SIGKILL)
+    assert wait(last) == -signal.SIGKILL
     # the store is finished and true, or unfinished and known to be
     (store,) = (path for path in (folder / "feature_store").iterdir() if path.is_dir())
     finished = (store / "manifest.json").is_file()
@@ -494,7 +520,8 @@ def test_resume__makes_up_for_the_end_of_an_epoch_that_a_checkpoint_lacks(last: 
         train = ResumableLoader(data, batch_size=8, sampler=EpochSampler(data, seed=3))
         trainer.fit(module, train, loader(random_images(8)), ckpt_path=ckpt)
         assert torch.is_grad_enabled()
-        told = restarts.cycle_values, [row["epochs"] for row in plan._rows], plan._metric, trainer.current_epoch
+        journal = plan.journal.state_dict()
+        told = restarts.cycle_values, [row["epochs"] for row in journal["rows"]], journal["metric"], trainer.current_epoch
         return weights_of(module), told, module.validated
 
     weights, told, validated = run(tmp_path)

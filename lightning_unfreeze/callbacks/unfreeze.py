@@ -319,9 +319,9 @@ class GradualUnfreeze(StageCallback):
             set_rng_state(before)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Makes up for the end of an epoch whose last batch is in the checkpoint, but not its end.
+        """Makes up for what came after the last batch of an epoch, where the checkpoint has that and no more.
 
-        Lightning goes on in the next epoch then, without validation, by which a stage with `until` is judged.
+        Lightning goes on in the next epoch, without the validation by which a stage with `until` is judged.
         """
         if self._loaded is not None and self._loaded["epoch_end_lost"]:
             with _back_in_the_epoch(trainer):
@@ -471,6 +471,7 @@ class GradualUnfreeze(StageCallback):
                 "stages; load its weights (`load_from_checkpoint`) and fit without ckpt_path"
             )
         fit_loop = checkpoint["loops"]["fit_loop"]
+        _validate_from_the_start(fit_loop)
         lost = _epoch_end_lost(fit_loop)
         epochs = int(fit_loop["epoch_progress"]["current"]["processed"])
         self._loaded = {**state, "next_epoch": epochs + lost, "epoch_end_lost": lost}
@@ -527,6 +528,20 @@ def _epoch_end_lost(fit_loop: dict[str, Any]) -> bool:
     batches = fit_loop["epoch_loop.batch_progress"]
     saved_at_batch_end = batches["total"]["completed"] == batches["total"]["processed"] - 1
     return bool(saved_at_batch_end and batches["is_last_batch"])
+
+
+def _validate_from_the_start(fit_loop: dict[str, Any]) -> None:
+    """Has a validation done again that was interrupted between two batches (by SIGTERM), in the state of the loops.
+
+    Lightning would take it for finished; one that was interrupted inside a batch it goes on with. No public form either;
+    guarded by `test_sigterm__lightning_ends_the_run_and_it_goes_on_where_it_was` (Lightning 2.6).
+    """
+    epochs, validation = fit_loop["epoch_progress"]["total"], fit_loop["epoch_loop.val_loop.batch_progress"]
+    done = validation["total"]
+    interrupted = 0 < done["processed"] == done["started"] and not validation["is_last_batch"]
+    if epochs["processed"] < epochs["started"] and interrupted:
+        for counters in (done, validation["current"]):
+            counters.update(ready=1, started=1, processed=0, completed=0)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
 import json
 import math
@@ -40,6 +41,9 @@ from lightning_unfreeze.study.run import Bench, DataModuleFn, ModelFn, Task, exe
 
 FIRST_TUNING_SEED = 1_000_000
 """Tuning seeds count from here, so that no study seed is one of them."""
+_READERS = frozenset(
+    f"study/{name}.py" for name in ("analysis", "cli", "merge", "plots", "report", "result", "statistics", "verdict")
+)
 
 
 class Study:
@@ -166,7 +170,7 @@ class Study:
             shifts=shifts,
             threads=threads,
             trainer=dict(trainer or {}),
-            code_version=lightning_unfreeze.__version__,
+            code_version=code_version(),
         )
 
     # --- what there is to run --------------------------------------------------------------------------------------
@@ -414,6 +418,23 @@ class Study:
                 yield from parallel(
                     joblib.delayed(execute)(task, self.bench, self.costs) for task in tasks[first : first + size]
                 )
+
+
+def code_version(package: Path = Path(lightning_unfreeze.__file__).parent) -> str:
+    """Return the version with a digest of all source that a run's result may depend on.
+
+    A version number alone stays the same while a checkout changes, and a study that goes on after an edit would pair
+    runs of two programs. What only reads finished runs does not count.
+
+    Args:
+        package: Folder of the package.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package).as_posix()
+        if name not in _READERS:
+            digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return f"{lightning_unfreeze.__version__}+{digest.hexdigest()[:12]}"
 
 
 def describe(function: Any) -> Any:

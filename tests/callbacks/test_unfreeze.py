@@ -30,6 +30,8 @@ from torch.optim import lr_scheduler
 from torch.utils.data import IterableDataset
 
 from lightning_unfreeze.callbacks.base import StageCallback
+from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage
+from lightning_unfreeze.callbacks.precompute import PrecomputeFeatures
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.stages import Stage
 from tests.conftest import SmallNet, UserModule, loader, quiet_trainer, random_images, same_weights, weights_of
@@ -402,8 +404,11 @@ def test_unfreeze__a_scheduler_that_does_not_fight_gives_the_same_rates(name: st
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
-class LRFinderPerStage(StageCallback):
-    """Stands in by its name."""
+class NoFinder(LRFinderPerStage):
+    """Stands in by its base's name."""
+
+    def on_stage_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
+        """Searches nothing."""
 
 
 class TwoOptimizers(UserModule):
@@ -446,7 +451,7 @@ class UsesLBFGS(UserModule):
         ),
         (None, [Stage("a", epochs=1, lr="find")], [], {}, ["lr='find'", "add LRFinderPerStage()"]),
         (None, [Stage("a", cycle_len=1)], [], {}, ["cycle_len=1", "add CosineRestarts()"]),
-        (None, [Stage("a", cycle_len=1, lr="find")], [LRFinderPerStage()], {}, ["add CosineRestarts()"]),
+        (None, [Stage("a", cycle_len=1, lr="find")], [NoFinder()], {}, ["add CosineRestarts()"]),
         (None, HEAD_THEN_ALL, [BackboneFinetuning()], {}, ["BackboneFinetuning", "as stages"]),
         (None, HEAD_THEN_ALL, [LearningRateFinder()], {}, ["LearningRateFinder", "LRFinderPerStage"]),
         (None, HEAD_THEN_ALL, [StochasticWeightAveraging(0.1)], {}, ["StochasticWeightAveraging", "WeightAveraging"]),
@@ -476,9 +481,6 @@ def test_unfreeze__two_optimizers_are_refused_by_lightning_itself() -> None:
 
 
 def test_unfreeze__refuses_precompute_where_the_first_group_trains() -> None:
-    class PrecomputeFeatures(StageCallback):
-        pass
-
     trainer = quiet_trainer([GradualUnfreeze([Stage("a", ["0", "head"], 1, precompute=True)]), PrecomputeFeatures()])
     with pytest.raises(MisconfigurationException, match="first layer group '0' trains"):
         trainer.fit(user_module(), loader())

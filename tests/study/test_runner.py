@@ -182,6 +182,26 @@ def test_study__with_other_settings_refuses_the_folder(finished: Study) -> None:
         study(finished.out, margin=0.5, lr_grid=[1e-3, 3e-3]).run()
 
 
+def test_study__of_other_code_refuses_the_folder(finished: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "code_version", lambda: "0.1.0+another")
+    with pytest.raises(ValueError, match=r"another code_version"):
+        study(finished.out).run()
+
+
+def test_code_version__changes_with_what_trains_and_not_with_what_reads(tmp_path: Path) -> None:
+    for name in ("callbacks/unfreeze.py", "study/run.py", "study/plots.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("a = 1")
+    before = runner.code_version(tmp_path)
+    (tmp_path / "study/plots.py").write_text("a = 2")
+    assert runner.code_version(tmp_path) == before
+    for name in ("callbacks/unfreeze.py", "study/run.py"):
+        (tmp_path / name).write_text("a = 2")
+        changed = runner.code_version(tmp_path)
+        assert changed != before
+        before = changed
+
+
 def test_study__with_more_seeds_adds_to_what_is_there(
     finished: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -383,6 +403,20 @@ def test_flops__of_a_backward_are_two_forwards_also_of_grouped_convolutions(grou
         convolution(images).sum().backward()
     forward = 2 * 2 * 25 * 16 * (8 // groups) * 9  # FLOPs, images, places, channels out and in, kernel
     assert counter.get_total_flops() == 3 * forward
+
+
+def test_costs__of_a_depthwise_network_are_a_step_of_three_forwards(tmp_path: Path) -> None:
+    """Through the plan: torch's own formula gives 16 forward passes for a step of this network."""
+
+    def mobilenet(pretrained: bool = True) -> TransferClassifier:
+        return TransferClassifier("mobilenetv2_035", len(CLASSES), pretrained=False)
+
+    def small() -> DigitsData:
+        return DigitsData(CLASSES, train_per_class=None, batch_size=10, image_size_px=64)
+
+    options: dict[str, Any] = {"recipe": RECIPE, "train_size": 20, "trainer": {"accelerator": "cpu"}}
+    kinds = Study(mobilenet, small, arms=["full9"], out=tmp_path, **options).costs.kinds
+    assert 2.7 < kinds["all"].epoch_flops / kinds["head"].epoch_flops < 3.0
 
 
 def test_flops__of_the_matched_arm_lie_within_5_percent_of_the_reference(tmp_path: Path) -> None:
