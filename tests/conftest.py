@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,14 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the real photos and weights are not at {folder}")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_stays() -> Iterator[None]:
+    """A Trainer with one DDP process in this one leaves its process group to the end of the interpreter."""
+    yield
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class SmallNet(nn.Module):

@@ -265,6 +265,9 @@ def all_moments(root: Path) -> tuple[list[dict[str, Any]], list[str]]:
             call, save_every = draw.randrange(1, int(0.97 * counts[part])), draw.choice([1, 4])
             there = root / f"{len(rows):02d}"
             row, failure = killed_and_resumed(there, part, call, save_every)
+            while row["at"] == "not reached" and call > 1:  # fewer calls than in the run that was counted
+                call, there = call // 2, there.with_name(f"{there.name}_earlier")
+                row, failure = killed_and_resumed(there, part, call, save_every)
             if not failure:
                 after = torch.load(there / "scratch" / "weights.pt")
                 row["weights differ"] = len(same_weights(weights, after))
@@ -521,7 +524,12 @@ def test_resume__makes_up_for_the_end_of_an_epoch_that_a_checkpoint_lacks(last: 
         trainer.fit(module, train, loader(random_images(8)), ckpt_path=ckpt)
         assert torch.is_grad_enabled()
         journal = plan.journal.state_dict()
-        told = restarts.cycle_values, [row["epochs"] for row in journal["rows"]], journal["metric"], trainer.current_epoch
+        told = (
+            restarts.cycle_values,
+            [row["epochs"] for row in journal["rows"]],
+            journal["metric"],
+            trainer.current_epoch,
+        )
         return weights_of(module), told, module.validated
 
     weights, told, validated = run(tmp_path)

@@ -43,7 +43,9 @@ PLAN = [
 ]
 
 
-def fit(folder: Path, *others: Callback, ckpt: Any = None, first: bool = False, **options: Any) -> tuple[Any, pl.Trainer]:
+def fit(
+    folder: Path, *others: Callback, ckpt: Any = None, first: bool = False, **options: Any
+) -> tuple[Any, pl.Trainer]:
     """The recipe with other callbacks behind ours, or before them; one store for all fits of a test."""
     torch.manual_seed(0)
     module = UserModule(SmallNet())

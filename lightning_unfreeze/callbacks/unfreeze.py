@@ -138,6 +138,7 @@ class GradualUnfreeze(StageCallback):
             self.journal = StageJournal()
 
     def _refuse_other_callbacks(self, trainer: pl.Trainer) -> None:
+        until = any(stage.until is not None for stage in self.stages)
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             reason = None
             if isinstance(other, GradualUnfreeze) and other is not self:
@@ -148,6 +149,8 @@ class GradualUnfreeze(StageCallback):
                 reason = "it gives every param group one rate; use LRFinderPerStage and lr='find'"
             elif isinstance(other, StochasticWeightAveraging):
                 reason = "it takes over the learning rates; use CosineRestarts(snapshots=True), or WeightAveraging"
+            elif until and any(base.__name__ == "WeightAveraging" for base in type(other).__mro__):  # Lightning 2.6
+                reason = "it validates averages, and until='overfit' goes back to weights; give num_cycles alone"
             if reason:
                 raise MisconfigurationException(f"GradualUnfreeze cannot run beside {type(other).__name__}: {reason}")
 
