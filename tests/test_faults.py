@@ -324,8 +324,8 @@ class SendsSigterm(Callback):
 
 @pytest.mark.parametrize(
     ("at_step", "at_epoch_end"),
-    # inside an epoch of each stage; in the last batch of a stage, of a cycle and of the run, where Lightning stops inside
-    # the validation after it; in an epoch's end
+    # inside an epoch of each stage; in the last batch of a stage, of a cycle and of the run, where Lightning stops
+    # inside the validation after it; in an epoch's end
     [(4, False), (7, False), (16, False), (11, False), (14, False), (20, False), (2, True), (11, True)],
 )
 def test_sigterm__lightning_ends_the_run_and_it_goes_on_where_it_was(

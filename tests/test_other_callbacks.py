@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +110,7 @@ def test_early_stopping__ends_the_run_and_the_best_checkpoint_goes_on(tmp_path: 
 
 
 def averages() -> Any:
-    callbacks = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging", reason="Lightning 2.6 brought it")
-    return callbacks
+    return pytest.importorskip("lightning.pytorch.callbacks.weight_averaging", reason="Lightning 2.6 brought it")
 
 
 class StepsDown(Callback):
@@ -220,9 +221,6 @@ def test_reloaded_loaders__give_the_weights_of_the_kept_ones(tmp_path: Path) -> 
 
 def test_checkpoint__of_the_whole_recipe_loads_without_this_package(tmp_path: Path) -> None:
     """In a process that cannot import it; from inside the first stage, where the store is open, and from the end."""
-    import subprocess
-    import sys
-
     saves = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=4)
     fit(tmp_path, saves)
     script = f"""

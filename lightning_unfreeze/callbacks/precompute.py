@@ -108,6 +108,7 @@ class PrecomputeFeatures(StageCallback):
         self._earlier: list[StoredData] = []
         self._prefix_ahead: FrozenPrefix | None = None
         self._stage_index: int | None = None
+        self._decided: dict[str, bool] = {}
         self._sources: list[tuple[Any, _DataLoaderSource]] = []
 
     # --- the request for a loader ----------------------------------------------------------------------------------
@@ -116,6 +117,7 @@ class PrecomputeFeatures(StageCallback):
         """Asks to be asked for the loaders; says what a lower precision costs."""
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        self._decided = {}
         if self.dtype in _PRECISION:
             rank_zero_info(f"features are stored as {self.dtype}: {_PRECISION[self.dtype]}, half the size of float32")
         # Lightning asks a private source for its loaders, and there is no public way to answer in its place; guarded by
@@ -139,15 +141,19 @@ class PrecomputeFeatures(StageCallback):
         loader = make()
         if (run.planned and not run.stage.precompute) or (split == "val" and "train" not in self._stored):
             return loader
+        if split == "train" and self._decided.get(run.stage.name) is False:
+            return loader  # a resumed run goes on as it began, whatever a clock or a disk says today
         frozen = head.frozen_roots()
         try:
             with self._shortcuts_removed(), _in_eval_mode(trainer.lightning_module, frozen):
                 stored = self._stored_data(trainer, run, split, loader)
         except NoStoreError as reason:
+            stored = None
             rank_zero_warn(
                 f"stage {run.stage.name!r} reads its {split} images as usual, without stored features: {reason}"
             )
-            return loader
+        if split == "train":
+            self._decided[run.stage.name] = stored is not None
         if stored is None:
             return loader
         self._stored[split] = stored
@@ -279,7 +285,7 @@ class PrecomputeFeatures(StageCallback):
         self, trainer: pl.Trainer, run: StageRun, work: FeaturePass, shortcut: Shortcut, earlier: StoredData | None
     ) -> bool:
         """Whether the pass and the epochs on features take less than the epochs on images."""
-        if self.policy == "always":
+        if self.policy == "always" or self._decided.get(run.stage.name):
             return True
         layout, loader, view = work.layout, work.data.loader, work.data.views[0]
         probed = min(_PROBE_IMAGES, layout.num_rows)
@@ -372,6 +378,14 @@ class PrecomputeFeatures(StageCallback):
             _ask_for_loaders_again(trainer)
         self._check_frozen_part(stage)
         self._leave_stage()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which stages trained on stored features so far: an estimate that another machine may not repeat."""
+        return {"decided": dict(self._decided)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what was decided."""
+        self._decided = dict(state_dict["decided"])
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leaves nothing on the network."""

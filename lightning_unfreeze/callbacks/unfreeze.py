@@ -536,8 +536,8 @@ def _epoch_end_lost(fit_loop: dict[str, Any]) -> bool:
 def _validate_from_the_start(fit_loop: dict[str, Any]) -> None:
     """Has a validation done again that was interrupted between two batches (by SIGTERM), in the state of the loops.
 
-    Lightning would take it for finished; one that was interrupted inside a batch it goes on with. No public form either;
-    guarded by `test_sigterm__lightning_ends_the_run_and_it_goes_on_where_it_was` (Lightning 2.6).
+    Lightning would take it for finished; one that was interrupted inside a batch it goes on with. No public form
+    either; guarded by `test_sigterm__lightning_ends_the_run_and_it_goes_on_where_it_was` (Lightning 2.6).
     """
     epochs, validation = fit_loop["epoch_progress"]["total"], fit_loop["epoch_loop.val_loop.batch_progress"]
     done = validation["total"]
