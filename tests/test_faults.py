@@ -31,6 +31,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from matplotlib.figure import Figure
 from torch import nn
 
+from lightning_unfreeze.callbacks import precompute
 from lightning_unfreeze.callbacks.base import StageCallback
 from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage
 from lightning_unfreeze.callbacks.precompute import PrecomputeFeatures
@@ -251,36 +252,41 @@ def killed_and_resumed(root: Path, part: str, call: int, save_every: int) -> tup
 
 
 def all_moments(root: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The uninterrupted run, then every moment; the table, and what went wrong."""
-    whole, scratch = root / "whole" / "run", root / "whole" / "scratch"
-    status = wait(child(scratch, lambda: finish(whole, scratch, 1, Profile())))
-    if status:
-        raise RuntimeError(f"the uninterrupted run ended with {status}: {output_of(scratch)}")
-    weights, counts = torch.load(scratch / "weights.pt"), torch.load(scratch / "counts.pt")
+    """The uninterrupted runs, then every moment; the table, and what went wrong."""
+    whole = {save_every: root / f"whole {save_every}" for save_every in (1, 4)}
+    for save_every, there in whole.items():
+        status = wait(child(there / "scratch", lambda: finish(there / "run", there / "scratch", save_every, Profile())))  # noqa: B023
+        if status:
+            raise RuntimeError(f"the uninterrupted run ended with {status}: {output_of(there / 'scratch')}")
+    counts = {save_every: torch.load(there / "scratch" / "counts.pt") for save_every, there in whole.items()}
     draw = random.Random(0)
     rows, failures = [], []
     for part, number in HOW_MANY.items():
-        for _ in range(number):
+        for index in range(number):
+            save_every = (1, 4)[index % 2]
             # the number of calls is the same to within few: caches are warm in one run and not in another
-            call, save_every = draw.randrange(1, int(0.97 * counts[part])), draw.choice([1, 4])
+            call = draw.randrange(1, int(0.97 * counts[save_every][part]))
             there = root / f"{len(rows):02d}"
             row, failure = killed_and_resumed(there, part, call, save_every)
-            while row["at"] == "not reached" and call > 1:  # fewer calls than in the run that was counted
-                call, there = call // 2, there.with_name(f"{there.name}_earlier")
-                row, failure = killed_and_resumed(there, part, call, save_every)
             if not failure:
-                after = torch.load(there / "scratch" / "weights.pt")
-                row["weights differ"] = len(same_weights(weights, after))
-                row["stray files"] = len(set(files_in(whole)) ^ set(files_in(there / "run")))
-                row["tables differ"] = sum(
-                    tables_in(whole)[name] != rows for name, rows in tables_in(there / "run").items()
+                # all are compared with the run that saved after every step: saving changes nothing either
+                row |= differences(whole[1], there)
+                failure = (
+                    str(row) if any(row[name] for name in ("weights differ", "stray files", "tables differ")) else ""
                 )
-                if row["weights differ"] or row["stray files"] or row["tables differ"]:
-                    stray = set(files_in(whole)) ^ set(files_in(there / "run"))
-                    failure = f"{row}, stray: {sorted(stray)}"
             rows.append(row)
             failures += [failure] if failure else []
     return rows, failures
+
+
+def differences(whole: Path, resumed: Path) -> dict[str, Any]:
+    weights, weights_after = (torch.load(path / "scratch" / "weights.pt") for path in (whole, resumed))
+    tables, tables_after = (tables_in(path / "run") for path in (whole, resumed))
+    return {
+        "weights differ": len(same_weights(weights, weights_after)),
+        "stray files": len(set(files_in(whole / "run")) ^ set(files_in(resumed / "run"))),
+        "tables differ": sum(tables_after.get(name) != table for name, table in tables.items()),
+    }
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:
@@ -540,6 +546,42 @@ def test_resume__makes_up_for_the_end_of_an_epoch_that_a_checkpoint_lacks(last: 
         assert told_again == told
         assert validated_again == validated[epoch:]
         assert same_weights(weights, weights_again) == []
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_resume__keeps_the_decision_whether_a_store_pays(
+    pays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was made by a clock, and training on stored features is another run where the images are augmented."""
+
+    class Brightened(torch.utils.data.Dataset):  # type: ignore[type-arg]
+        def __init__(self, transform: Callable[[Any], Any]) -> None:
+            self.images, self.transform = random_images(24), transform
+
+        def __getitem__(self, index: int) -> Any:
+            image, label = self.images[index]
+            return self.transform(image), label
+
+        def __len__(self) -> int:
+            return len(self.images)
+
+    def run(estimate: bool, folder: str, ckpt: Path | None = None, *callbacks: Callback) -> dict[str, torch.Tensor]:
+        seconds = [0.001, 1.0] if estimate else [1.0, 0.001]  # of an image: with a store, without
+        monkeypatch.setattr(FeaturePass, "seconds_per_image", lambda *_: seconds[0])
+        monkeypatch.setattr(precompute, "seconds", lambda *_: 8 * seconds[1])
+        torch.manual_seed(0)
+        module = UserModule(SmallNet())
+        stages = [Stage("head", train="head", epochs=3, precompute=True)]
+        store = PrecomputeFeatures(tmp_path / folder)
+        trainer = quiet_trainer([GradualUnfreeze(stages), store, *callbacks])
+        data = KeyedDataset(Brightened(lambda image: image + torch.rand(1)), seed=0)
+        train = ResumableLoader(data, batch_size=8, sampler=EpochSampler(data, seed=3))
+        trainer.fit(module, train, loader(Brightened(lambda image: image)), ckpt_path=ckpt)
+        assert bool(list((tmp_path / folder).glob("*-train"))) == pays
+        return weights_of(module)
+
+    whole = run(pays, "store", None, SavesAfterTheLastBatch(tmp_path))
+    assert same_weights(whole, run(not pays, "another store", tmp_path / "1.ckpt")) == []
 
 
 class EndsAfterFourEpochs(StageCallback):
