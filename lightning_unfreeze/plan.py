@@ -58,8 +58,16 @@ def plan_rows(
         raise MisconfigurationException("there is no plan: add GradualUnfreeze with its stages to trainer.callbacks")
     conductors[0].setup(trainer, pl_module, "fit")
     probe = _PlanProbe(conductors[0].stages, conductors[0].network)
-    # a trainer of its own: the user's callbacks and loggers would act on, and write about, a run that is none
-    probing = pl.Trainer(
+    probing_trainer(trainer, probe, enable_progress_bar=False).fit(pl_module, datamodule=datamodule)
+    return probe.rows
+
+
+def probing_trainer(trainer: pl.Trainer, probe: GradualUnfreeze, **options: Any) -> pl.Trainer:
+    """A Trainer of its own for `probe`, on the device and in the precision of `trainer`, that leaves nothing behind.
+
+    The user's callbacks and loggers would act on, and write about, a run that is none.
+    """
+    return pl.Trainer(
         accelerator=trainer.strategy.root_device.type,
         devices=1,
         precision=trainer.precision,
@@ -67,14 +75,12 @@ def plan_rows(
         callbacks=[probe],
         logger=False,
         enable_checkpointing=False,
-        enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
         limit_val_batches=0,
         limit_train_batches=None if trainer.limit_train_batches == 1.0 else trainer.limit_train_batches,
+        **options,
     )
-    probing.fit(pl_module, datamodule=datamodule)
-    return probe.rows
 
 
 class _PlanProbe(GradualUnfreeze):

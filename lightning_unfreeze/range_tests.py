@@ -7,6 +7,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage, RangeTest
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
+from lightning_unfreeze.plan import probing_trainer
 
 
 def range_tests(
@@ -32,23 +33,13 @@ def range_tests(
     finders = [callback for callback in callbacks if isinstance(callback, LRFinderPerStage)]
     conductors[0].setup(trainer, pl_module, "fit")
     probe = _Probe(conductors[0], finders[0] if finders else LRFinderPerStage())
-    # a trainer of its own: the user's callbacks and loggers would act on, and write about, a run that is none
-    probing = pl.Trainer(
-        accelerator=trainer.strategy.root_device.type,
-        devices=1,
-        precision=trainer.precision,
-        max_epochs=-1,
+    probing = probing_trainer(
+        trainer,
+        probe,
         accumulate_grad_batches=trainer.accumulate_grad_batches,
         gradient_clip_val=trainer.gradient_clip_val,
         gradient_clip_algorithm=trainer.gradient_clip_algorithm,
-        limit_train_batches=None if trainer.limit_train_batches == 1.0 else trainer.limit_train_batches,
-        callbacks=[probe],
-        logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=trainer.progress_bar_callback is not None,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
     )
     probing.fit(pl_module, datamodule=datamodule)
     return probe.results

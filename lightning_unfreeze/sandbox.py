@@ -70,12 +70,14 @@ def sandbox(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None
     rebuild_ddp(trainer)  # a collective call: not after an error, which may be that of one rank alone
 
 
+def step_arguments(step: Callable[..., Any], batch: Any, batch_idx: int) -> tuple[Any, ...]:
+    """What Lightning calls a module's step with: the index only where the step takes it."""
+    return (batch, batch_idx) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else (batch,)
+
+
 def training_loss(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> Tensor | None:
     """Loss of the module's own `training_step` on a batch that lies on the device; None where the step skips it."""
-    arguments = (batch,)
-    if is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2):
-        arguments = (batch, batch_idx)  # type: ignore[assignment]
-    output = trainer.strategy.training_step(*arguments)
+    output = trainer.strategy.training_step(*step_arguments(pl_module.training_step, batch, batch_idx))
     loss = output["loss"] if isinstance(output, Mapping) else output
     return loss if loss is None or isinstance(loss, Tensor) else torch.as_tensor(loss)
 

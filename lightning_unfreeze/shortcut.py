@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
 # torch 2.5 has no public pytree; guarded by `test_batch_form__keeps_the_form_of_the_users_batch`
@@ -19,7 +18,7 @@ from torchmetrics import Metric
 from lightning_unfreeze.batch_form import NoStoreError
 from lightning_unfreeze.feature_pass import ViewedData, seconds
 from lightning_unfreeze.frozen_prefix import FrozenPrefix, find_prefix
-from lightning_unfreeze.sandbox import batch_on_device
+from lightning_unfreeze.sandbox import batch_on_device, step_arguments
 from lightning_unfreeze.seeding import keyed_rng
 
 
@@ -125,11 +124,10 @@ def _loss(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Ten
 def _run(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, name: str) -> Any:
     """A step without the wrapper of the strategy, so that ranks need not go together."""
     step = getattr(pl_module, name)
-    arguments = (batch, 0) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else (batch,)
     training = name == "training_step"
     plugin = trainer.precision_plugin
     with plugin.train_step_context() if training else plugin.val_step_context():
-        return step(*arguments)
+        return step(*step_arguments(step, batch, 0))
 
 
 @torch.no_grad()
