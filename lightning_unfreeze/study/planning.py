@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_unfreeze.study import statistics as st
-from lightning_unfreeze.study.analysis import StudyInfo
+from lightning_unfreeze.study.analysis import Analysis, StudyInfo
 
 _POWER_SDS = (0.5, 0.7, 1.0, 1.5, 2.0)
 _MIN_SEEDS = 2
@@ -27,6 +27,7 @@ class StudyPlan:
         seconds: Predicted time of everything, tuning included.
         rows: One per arm, for a table.
         info: What the report says of the study.
+        pilot: These are the runs from which the number of seeds will follow.
     """
 
     arms: tuple[str, ...]
@@ -35,6 +36,7 @@ class StudyPlan:
     seconds: float
     rows: tuple[dict[str, Any], ...]
     info: StudyInfo
+    pilot: bool = False
 
     @property
     def runs(self) -> int:
@@ -66,7 +68,9 @@ class StudyPlan:
             f"{self.info.n_test} test images leave up to {error:.2f} pt of standard error on new images where two arms "
             "disagree on a tenth of them; no number of seeds removes that.",
         ]
-        if len(self.seeds) < st.MIN_SEEDS_SIGN_FLIP:
+        if self.pilot:
+            found.append("This is the pilot: the number of seeds follows from the spread that it finds.")
+        elif len(self.seeds) < st.MIN_SEEDS_SIGN_FLIP:
             found.append(f"Fewer than {st.MIN_SEEDS_SIGN_FLIP} seeds: a sign-flip p cannot be below 0.05.")
         off = [row["arm"] for row in self.rows if "@flops" in row["arm"] and abs(row["of full"] - 1) > 0.05]
         if off:
@@ -74,6 +78,26 @@ class StudyPlan:
                 f"{', '.join(off)}: whole epochs do not come within 5 % of the reference's FLOPs; longer recipes do."
             )
         return found
+
+
+def after_pilot(pilot: Analysis) -> tuple[int, list[str]]:
+    """Return the number of seeds that the spread of the pilot's primary comparison asks for, and how it was found.
+
+    That many detect a difference of the margin, and show equality within it where there is none, with 80 % power. The
+    spread of five pairs is a rough one: the sentences give its interval, and the number stays what it is.
+    """
+    margin, primary = pilot.info.margin, pilot.info.primary
+    found = []
+    for arm, comparison in pilot.comparisons.items():
+        verdict = comparison.verdict
+        low, high = st.sd_interval(comparison.differences)
+        found.append(
+            f"pilot, {arm}: {verdict.seeds} pairs differ by {verdict.sd:.2f} pt (SD, 95 % interval {low:.2f} to "
+            f"{high:.2f}); {verdict.seeds_needed} seeds decide about ±{margin:g} pt."
+        )
+    number = pilot.comparisons[primary].verdict.seeds_needed or st.MIN_SEEDS_SIGN_FLIP
+    found.append(f"The study takes {number} seeds, those of {primary}; the pilot's own are in no comparison.")
+    return number, found
 
 
 @dataclass(frozen=True)

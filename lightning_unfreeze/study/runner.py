@@ -16,14 +16,16 @@ from typing import Any, Literal
 
 import joblib
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
 from tqdm.auto import tqdm
 
 import lightning_unfreeze
 from lightning_unfreeze.callbacks.tta import TTAEval
 from lightning_unfreeze.layer_groups import layer_groups
 from lightning_unfreeze.stages import Stage
-from lightning_unfreeze.study.analysis import Axis, StudyInfo, skip_arm
+from lightning_unfreeze.study.analysis import Analysis, Axis, StudyInfo, skip_arm
 from lightning_unfreeze.study.arms import (
+    CORE,
     HEAD_ARM,
     REFERENCE,
     Arm,
@@ -34,13 +36,15 @@ from lightning_unfreeze.study.arms import (
     make_arms,
 )
 from lightning_unfreeze.study.costs import Costs, kind_of, measure_costs
-from lightning_unfreeze.study.planning import StudyPlan, fit_budget, parse_duration
+from lightning_unfreeze.study.planning import StudyPlan, after_pilot, fit_budget, parse_duration
 from lightning_unfreeze.study.records import RunLog, RunRecord, run_key
 from lightning_unfreeze.study.result import StudyResult, load_study
 from lightning_unfreeze.study.run import Bench, DataModuleFn, ModelFn, Task, execute
 
 FIRST_TUNING_SEED = 1_000_000
 """Tuning seeds count from here, so that no study seed is one of them."""
+PILOT_SEEDS = tuple(range(2_000_000, 2_000_005))
+"""Seeds of the pilot that `seeds="auto"` runs; they are in no comparison."""
 _READERS = frozenset(
     f"study/{name}.py" for name in ("analysis", "cli", "merge", "plots", "report", "result", "statistics", "verdict")
 )
@@ -57,7 +61,8 @@ class Study:
         model_fn: Makes the LightningModule; called with `pretrained=False` for arms from random weights.
         datamodule_fn: Makes the LightningDataModule, with a fixed set of test images (see `StudyData`).
         arms: `core`, `all`, names (also separated by commas), or in Python `Arm`s.
-        seeds: Number of paired seeds, or the seeds.
+        seeds: Number of paired seeds, or the seeds. `auto` runs a pilot of 5 seeds of the core arms first, and takes
+            the number that its spread asks for to decide about the margin; the pilot itself is in no comparison.
         margin: Accuracy difference (points) that does not matter to you; fixed before the first run.
         match: Budget of the primary comparison.
         out: Folder of the study.
@@ -94,7 +99,7 @@ class Study:
         model_fn: ModelFn,
         datamodule_fn: DataModuleFn,
         arms: str | Sequence[str | Arm] = "core",
-        seeds: int | Sequence[int] = 10,
+        seeds: int | Literal["auto"] | Sequence[int] = 10,
         margin: float = 1.0,
         match: Axis = "flops",
         out: str | os.PathLike[str] = "runs/study",
@@ -121,7 +126,10 @@ class Study:
         threads: int = 1,
         progress: bool = True,
     ) -> None:
-        given = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
+        self.auto_seeds = seeds == "auto"
+        if isinstance(seeds, str) and not self.auto_seeds:
+            raise ValueError(f"seeds={seeds!r}: give a number, a list of seeds, or auto.")
+        given = [0, 1] if self.auto_seeds else list(range(seeds)) if isinstance(seeds, int) else [int(s) for s in seeds]
         if len(given) < 2 or len(set(given)) < len(given) or max(given) >= FIRST_TUNING_SEED or min(given) < 0:
             raise ValueError(f"seeds={seeds!r}: give 2 or more different ones from 0 to {FIRST_TUNING_SEED - 1}.")
         if not margin > 0:
@@ -140,7 +148,8 @@ class Study:
                 raise ValueError(f"{name}={value}: give 1 or more.")
         if match not in ("flops", "images", "epochs"):
             raise ValueError(f"match={match!r} is none of 'flops', 'images', 'epochs'.")
-        self.seeds, self.margin, self.match, self.out = given, margin, match, Path(out)
+        self.seeds: list[int] = list(PILOT_SEEDS) if self.auto_seeds else given
+        self.margin, self.match, self.out = margin, match, Path(out)
         self.recipe, self.rates = recipe or Recipe(), rates
         self.lr_grid, self.head_lr_grid = tuple(lr_grid), tuple(head_lr_grid)
         self.tuning_seeds = [FIRST_TUNING_SEED + index for index in range(tuning_seeds)]
@@ -244,7 +253,10 @@ class Study:
     # --- plan ------------------------------------------------------------------------------------------------------
 
     def plan(self) -> StudyPlan:
-        """Return what will be run, about how long it takes, and what it can find; trains nothing."""
+        """Return what will be run, about how long it takes, and what it can find; trains nothing.
+
+        With `seeds="auto"` it is the pilot's plan until the pilot has run.
+        """
         arms, costs, info = self._looked_at
         known = {name: self._stages(arm, None, None) for name, arm in arms.items()}
         seconds = {name: costs.seconds(stages) for name, stages in known.items()}
@@ -274,7 +286,8 @@ class Study:
                 }
             )
         runs = sum(tuned[name] for name in dict.fromkeys([*names, HEAD_ARM]))
-        return StudyPlan(tuple(names), tuple(self.seeds[: fit.seeds]), runs, fit.seconds / jobs, tuple(rows), info)
+        seeds, pilot = tuple(self.seeds[: fit.seeds]), self.seeds == list(PILOT_SEEDS)
+        return StudyPlan(tuple(names), seeds, runs, fit.seconds / jobs, tuple(rows), info, pilot)
 
     def _tuned_runs(self, arm: Arm) -> int:
         return 0 if self.rates == "find" or arm.rate == "fixed" else len(self._grid(arm)) * len(self.tuning_seeds)
@@ -290,16 +303,12 @@ class Study:
         Raises:
             ValueError: If the folder holds a study with other settings.
         """
+        self._refuse_other_settings()
+        if self.auto_seeds:
+            self.seeds = self._pilot()
         plan = self._claim_folder(self.plan())
         arms = self._looked_at[0]
-        rates = self._tune([arms[name] for name in plan.arms])
-        # seed-major, arms in an order of the seed's own: a slow hour or a kill must not fall on one arm
-        order = [
-            (seed, str(name)) for seed in plan.seeds for name in np.random.default_rng([7, seed]).permutation(plan.arms)
-        ]
-        self._make(
-            [self._task(arms[name], seed, rates) for seed, name in order], RunLog(self.out / "runs.jsonl"), "runs"
-        )
+        self._compare([arms[name] for name in plan.arms], plan.seeds, "runs")
         return self.report()
 
     def report(self) -> StudyResult:
@@ -308,24 +317,51 @@ class Study:
         result.write(self.out / "report")
         return result
 
+    def _pilot(self) -> list[int]:
+        """Run the core arms with the pilot's seeds, say how far pairs differ, and return the seeds of the study."""
+        arms, _, info = self._looked_at
+        self.out.mkdir(parents=True, exist_ok=True)
+        names = [name for name in info.arms if name in (*CORE, info.primary)]
+        records = self._compare([arms[name] for name in names], PILOT_SEEDS, "pilot")
+        pilot = Analysis(list(records.values()), dataclasses.replace(info, arms=tuple(names)))
+        number, sentences = after_pilot(pilot)
+        for sentence in sentences:
+            rank_zero_info(sentence)
+        return list(range(number))
+
+    def _compare(self, arms: Sequence[Arm], seeds: Sequence[int], what: str) -> dict[str, RunRecord]:
+        """Tune the arms, run each with each seed, and return the records by key."""
+        rates = self._tune(arms)
+        # seed-major, arms in an order of the seed's own: a slow hour or a kill must not fall on one arm
+        tasks = [
+            self._task(arms[index], seed, rates)
+            for seed in seeds
+            for index in np.random.default_rng([7, seed]).permutation(len(arms))
+        ]
+        return self._make(tasks, RunLog(self.out / f"{what}.jsonl"), what)
+
+    def _refuse_other_settings(self) -> dict[str, Any] | None:
+        """Return what `out` says of a study that was started there with these settings, None where there is none."""
+        path = self.out / "study.json"
+        if not path.exists():
+            return None
+        before: dict[str, Any] = json.loads(path.read_text())
+        names = sorted({*before["settings"], *self.settings})
+        changed = [name for name in names if before["settings"].get(name) != self.settings.get(name)]
+        if changed:
+            raise ValueError(
+                f"out={str(self.out)!r} holds a study with another {', '.join(changed)}: give another folder, or "
+                "the settings that it was started with."
+            )
+        return before
+
     def _claim_folder(self, plan: StudyPlan) -> StudyPlan:
         """Write down what the study is, and return what to run: under a budget that of the first start."""
+        before = self._refuse_other_settings()
+        if before is not None and self.budget_seconds is not None:
+            # another timing would give another number of seeds: a number that is chosen after looking
+            plan = dataclasses.replace(plan, arms=tuple(before["info"]["arms"]), seeds=tuple(before["seeds"]))
         path = self.out / "study.json"
-        if path.exists():
-            before = json.loads(path.read_text())
-            changed = sorted(
-                name
-                for name in {*before["settings"], *self.settings}
-                if before["settings"].get(name) != self.settings.get(name)
-            )
-            if changed:
-                raise ValueError(
-                    f"out={str(self.out)!r} holds a study with another {', '.join(changed)}: give another folder, or "
-                    "the settings that it was started with."
-                )
-            if self.budget_seconds is not None:
-                # another timing would give another number of seeds: a number that is chosen after looking
-                plan = dataclasses.replace(plan, arms=tuple(before["info"]["arms"]), seeds=tuple(before["seeds"]))
         self.out.mkdir(parents=True, exist_ok=True)
         info = dataclasses.replace(plan.info, arms=plan.arms)
         what = {"settings": self.settings, "seeds": plan.seeds, "info": asdict(info)}
@@ -400,13 +436,17 @@ class Study:
                 records[record.key] = record
                 bar.update()
                 bar.set_postfix_str(f"{record.arm}, seed {record.seed}: {record.acc:.1%}")
-        return records
+        return {task.key: records[task.key] for task in tasks}
 
     def _results(self, tasks: Sequence[Task]) -> Iterator[RunRecord]:
         """Yield records as they come, from as many workers as there are."""
         if self.n_jobs == 1 and self.backend == "loky":
             yield from (execute(task, self.bench, self.costs) for task in tasks)
             return
+        if self.backend == "ray":
+            from ray.util.joblib import register_ray
+
+            register_ray()  # type: ignore[no-untyped-call]
         with joblib.parallel_config(backend=self.backend, n_jobs=self.n_jobs):
             streams = joblib.parallel.get_active_backend()[0].supports_return_generator
             size = len(tasks) if streams else max(1, joblib.effective_n_jobs(self.n_jobs))

@@ -68,6 +68,24 @@ def paired_t_interval(differences: ArrayLike, level: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half, level)
 
 
+def sd_interval(differences: ArrayLike, level: float = 0.95) -> tuple[float, float]:
+    """Return the interval of the standard deviation of normal differences, from the chi-squared distribution.
+
+    >>> low, high = sd_interval([1.0, 2.0, 3.0])  # SD 1; chi-squared of 2 degrees of freedom: 0.0506 and 7.378
+    >>> round(low, 3), round(high, 3)
+    (0.521, 6.285)
+
+    Raises:
+        ValueError: There are fewer than two differences.
+    """
+    d = _finite(differences)
+    if len(d) < 2:
+        raise ValueError(f"got {len(d)} difference: a spread takes two or more.")
+    tails = stats.chi2.ppf([(1 + level) / 2, (1 - level) / 2], len(d) - 1)
+    low, high = (float(math.sqrt((len(d) - 1) * d.var(ddof=1) / tail)) for tail in tails)
+    return low, high
+
+
 def sign_flip_p(differences: ArrayLike) -> float:
     """Return the two-sided p-value of the sign-flip test of the mean.
 
@@ -377,10 +395,11 @@ def accuracy_verdict(differences: ArrayLike, margin: float) -> AccuracyVerdict:
     upheld      the 90 % interval lies inside the margin (two one-sided tests at 5 %)
     small       the same, and the 95 % interval excludes zero: real, but below the margin
     refuted     the 95 % interval excludes zero (which puts the mean at half the margin or more)
-    undecided   everything else; "not significant" is never "no difference"
+    undecided   everything else, and fewer than 6 seeds; "not significant" is never "no difference"
     ==========  ============================================================================
 
-    Equivalence comes first: a difference shown to be below what the user called negligible refutes nothing.
+    Equivalence comes first: a difference shown to be below what the user called negligible refutes nothing. A few
+    seeds decide nothing: their intervals rest on normality alone, and two equal differences would have no width.
 
     >>> accuracy_verdict([-2.1, -2.6, -2.4, -2.2, -2.5, -2.3], margin=1.0).outcome
     'refuted-'
@@ -396,7 +415,9 @@ def accuracy_verdict(differences: ArrayLike, margin: float) -> AccuracyVerdict:
     interval, equivalence = paired_t_interval(d), paired_t_interval(d, 0.90)
     sd = float(d.std(ddof=1)) if len(d) > 1 else math.nan
     outcome: Outcome = "undecided"
-    if equivalence.within(margin):
+    if len(d) < MIN_SEEDS_SIGN_FLIP:
+        pass
+    elif equivalence.within(margin):
         outcome = "small" if interval.excludes_zero() else "upheld"
     elif interval.excludes_zero():
         # Here |mean| >= margin / 2 holds by itself: off zero and below that, the interval would lie inside the margin.

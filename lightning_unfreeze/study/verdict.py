@@ -114,7 +114,9 @@ def _after_holm(comparison: Comparison) -> str:
 def _seeds_sentence(verdict: st.AccuracyVerdict) -> str:
     needed = verdict.seeds_needed
     if needed is None:
-        return "one pair of runs has no spread; at least 6 seeds are needed"
+        return f"one pair of runs has no spread; at least {st.MIN_SEEDS_SIGN_FLIP} seeds are needed"
+    if verdict.seeds < st.MIN_SEEDS_SIGN_FLIP == needed:
+        return f"{verdict.seeds} seeds decide nothing; at least {st.MIN_SEEDS_SIGN_FLIP} are needed"
     if needed <= verdict.seeds:
         return "the difference lies near the margin, where more seeds decide slowly"
     return f"about {needed} seeds needed at the paired SD of {verdict.sd:.2f} pt seen here"
@@ -199,8 +201,7 @@ def _changes(analysis: Analysis) -> list[str]:
     if seeds < st.MIN_SEEDS_SIGN_FLIP:
         found.append(
             f"Seeds: with {seeds} the smallest possible sign-flip p is {2 / 2**seeds:g}, so only the t interval, "
-            f"which "
-            "assumes normal differences, speaks."
+            f"which assumes normal differences, would speak: {st.MIN_SEEDS_SIGN_FLIP} seeds are the least that decide."
         )
     if verdict.sd == 0:
         found.append("Seeds: every pair gave the same difference, so the interval has no width; that is no certainty.")
@@ -220,8 +221,7 @@ def _changes(analysis: Analysis) -> list[str]:
     if same:
         found.append(
             f"Cost: on {', '.join(same)} every pair gave the same ratio, because costs are read at cycle ends; "
-            f"shorter "
-            "cycles would resolve it, and its interval is no measure of certainty."
+            "shorter cycles would resolve it, and its interval is no measure of certainty."
         )
     bracket = analysis.cost_bracket(info.primary, info.match)
     outcome = st.time_verdict(primary.costs[info.match])

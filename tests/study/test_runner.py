@@ -27,11 +27,12 @@ from lightning_unfreeze.study.data import StudyData
 from lightning_unfreeze.study.distortion import linear_cka
 from lightning_unfreeze.study.merge import merge_studies
 from lightning_unfreeze.study.planning import fit_budget, parse_duration
-from lightning_unfreeze.study.records import RunLog, RunRecord, pack_correct
+from lightning_unfreeze.study.records import CurvePoint, RunLog, RunRecord, pack_correct
 from lightning_unfreeze.study.result import load_study
 from lightning_unfreeze.study.run import trains_batch_norm
-from lightning_unfreeze.study.runner import FIRST_TUNING_SEED, Study
+from lightning_unfreeze.study.runner import FIRST_TUNING_SEED, PILOT_SEEDS, Study
 from lightning_unfreeze.study.shifts import SHIFTS, shifted_accuracy
+from lightning_unfreeze.study.statistics import seeds_for_equivalence, seeds_to_detect
 
 CLASSES = (5, 6)
 RECIPE = Recipe(cached_epochs=1, augmented_epochs=1, num_cycles=2)
@@ -339,13 +340,14 @@ def test_null_study__of_two_equal_arms_finds_nothing(tmp_path: Path) -> None:
     stages = (Stage("head", "head", epochs=1), Stage("full", cycle_len=1))
     null = study(
         tmp_path,
+        seeds=6,
         arms=[Arm("full9", stages, rate="fixed"), Arm("skip34@flops", stages, rate="fixed")],
         lr_grid=[1e-2],
         head_lr_grid=[1e-2],
     )
     verdict = null.run().verdict()
     runs = results(tmp_path / "runs.jsonl")
-    for seed in (0, 1):
+    for seed in range(6):
         a, b = (runs[arm, seed] for arm in ARMS)
         assert {**a, "key": "", "arm": ""} == {**b, "key": "", "arm": ""}
     assert runs["full9", 0]["nll"] != runs["full9", 1]["nll"]
@@ -519,6 +521,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "one seed": ({"seeds": 1}, "2 or more"),
     "a seed twice": ({"seeds": [1, 1]}, "different"),
     "a tuning seed": ({"seeds": [1, FIRST_TUNING_SEED]}, "from 0 to"),
+    "seeds by luck": ({"seeds": "some"}, "or auto"),
     "no margin": ({"margin": 0.0}, "margin=0"),
     "falling grid": ({"lr_grid": [0.1, 0.01]}, "lowest first"),
     "unequal effort": ({"lr_grid": [0.1]}, "same effort"),
@@ -737,3 +740,41 @@ def test_cli__mistakes_are_one_line(arguments: list[str], says: str, capsys: pyt
     import re
 
     assert re.search(says, error), error
+
+
+# --- a number of seeds that follows from a pilot ---------------------------------------------------------------------
+
+
+def test_auto_seeds__follow_from_a_pilot_that_is_in_no_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The runs are made up: what is looked at is which ones are asked for."""
+    noise = np.random.default_rng(0).normal(0.0, 0.015, 100)
+    asked: list[Any] = []
+
+    def made_up(task: Any, bench: Any, costs: Any) -> RunRecord:
+        asked.append(task)
+        right = np.arange(1000) < 800 + round(1000 * noise[task.seed % 100]) * (task.arm.name != "full9")
+        return RunRecord(
+            key=task.key, arm=task.label, seed=task.seed, dataset="digits", acc=float(right.mean()), n_test=1000,
+            correct=pack_correct(right), images=20, flops=1.0, seconds=1.0, tuned_lr=task.rate, code_version="x",
+            curve=(CurvePoint(epoch=1, images=20, flops=1.0, seconds=1.0, val_acc=0.8, stage="full", cycle_end=True),),
+        )  # fmt: skip
+
+    monkeypatch.setattr(runner, "execute", made_up)
+    caplog.set_level("INFO")
+    auto = study(tmp_path, seeds="auto")
+    assert auto.plan().pilot and "This is the pilot" in " ".join(auto.plan().sentences())
+    auto.run()
+    # the pilot's differences are those of seeds 0 to 4 of the noise
+    sd = float(np.std([round(1000 * x) / 10 for x in noise[:5]], ddof=1))
+    wanted = max(seeds_to_detect(sd, 1.0), seeds_for_equivalence(sd, 1.0), 6)
+    runs = RunLog(tmp_path / "runs.jsonl").read()
+    assert sorted({run.seed for run in runs}) == list(range(wanted)) and len(runs) == 2 * wanted
+    assert {run.seed for run in RunLog(tmp_path / "pilot.jsonl").read()} == set(PILOT_SEEDS)
+    assert "(SD, 95 % interval" in caplog.text and f"The study takes {wanted} seeds" in caplog.text
+    assert f"differ by {sd:.2f} pt" in caplog.text
+    # started again, it asks for nothing
+    asked.clear()
+    study(tmp_path, seeds="auto").run()
+    assert not asked
