@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# torch 2.5 has no public pytree; guarded by `test_batch_form__keeps_the_form_of_the_users_batch`
+# torch 2.6 has no public pytree; guarded by `test_batch_form__keeps_the_form_of_the_users_batch`
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 _LEAST_TEXT_BYTES = 256

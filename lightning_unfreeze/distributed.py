@@ -42,7 +42,7 @@ def refuse_sync_batchnorm(trainer: pl.Trainer, pl_module: pl.LightningModule) ->
         MisconfigurationException: Naming a layer, and what to do.
     """
     # the strategy keeps the option under a private name alone; guarded by
-    # `test_sync_batchnorm__is_refused_where_torch_drops_an_activation` (Lightning 2.5 to 2.6)
+    # `test_sync_batchnorm__is_refused_where_torch_drops_an_activation` (Lightning 2.6)
     if getattr(trainer.strategy, "_layer_sync", None) is None:
         return
     plain = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)

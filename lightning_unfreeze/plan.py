@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,6 +12,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
+from lightning_unfreeze.callbacks.base import StageRun, players
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.layer_groups import rate_ratios, select
 from lightning_unfreeze.sandbox import batch_on_device, sandbox, training_loss
@@ -24,7 +26,7 @@ def _convolution_backward_flops(
 ) -> int:
     """FLOPs of a convolution's backward: each of the two gradients costs what the forward did.
 
-    Torch's own formula (2.5 to 2.15) takes the weight's gradient for that of an ungrouped convolution, which is too
+    Torch's own formula (2.6 to 2.15) takes the weight's gradient for that of an ungrouped convolution, which is too
     much by the number of groups: 16 times the forward for a MobileNet's step instead of 3.
     """
     transposed, output_mask = others[4], others[7]
@@ -53,46 +55,69 @@ def plan_rows(
     Raises:
         MisconfigurationException: Where the trainer has no `GradualUnfreeze`, or `fit` would refuse the plan.
     """
-    conductors = [callback for callback in trainer.callbacks if isinstance(callback, GradualUnfreeze)]  # type: ignore[attr-defined]
-    if not conductors:
-        raise MisconfigurationException("there is no plan: add GradualUnfreeze with its stages to trainer.callbacks")
-    conductors[0].setup(trainer, pl_module, "fit")
-    probe = _PlanProbe(conductors[0].stages, conductors[0].network)
-    probing_trainer(trainer, probe, enable_progress_bar=False).fit(pl_module, datamodule=datamodule)
+    probe = _PlanProbe(trainer, pl_module)
+    probe.fit(datamodule, enable_progress_bar=False)
     return probe.rows
 
 
-def probing_trainer(trainer: pl.Trainer, probe: GradualUnfreeze, **options: Any) -> pl.Trainer:
-    """A Trainer of its own for `probe`, on the device and in the precision of `trainer`, that leaves nothing behind.
+class Probe(GradualUnfreeze):
+    """Sets up a fit as the user's `GradualUnfreeze` would, measures, and stops before the first batch is trained.
 
-    The user's callbacks and loggers would act on, and write about, a run that is none.
+    A subclass measures in `on_train_start`, and sets `trainer.should_stop` after that.
+
+    Args:
+        trainer: The user's, with the plan among its callbacks.
+        pl_module: Its module.
+
+    Raises:
+        MisconfigurationException: Where the trainer has no `GradualUnfreeze`, or `fit` would refuse the plan.
     """
-    return pl.Trainer(
-        accelerator=trainer.strategy.root_device.type,
-        devices=1,
-        precision=trainer.precision,
-        max_epochs=-1,
-        callbacks=[probe],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-        limit_train_batches=None if trainer.limit_train_batches == 1.0 else trainer.limit_train_batches,
-        **options,
-    )
 
+    def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        conductors = [player for player in players(trainer) if isinstance(player, GradualUnfreeze)]
+        if not conductors:
+            raise MisconfigurationException("there is no plan: add GradualUnfreeze(stages) to trainer.callbacks")
+        conductors[0].setup(trainer, pl_module, "fit")
+        options = signature(GradualUnfreeze).parameters  # so that none that is added there can be forgotten here
+        super().__init__(**{name: getattr(conductors[0], name) for name in options})
+        self.user_trainer, self.user_module = trainer, pl_module
 
-class _PlanProbe(GradualUnfreeze):
-    """Sets up a fit, measures a step of each stage, and stops before the first batch is trained."""
+    def fit(self, datamodule: pl.LightningDataModule | None, **options: Any) -> None:
+        """Runs in a Trainer of its own, on the device and in the precision of the user's, that leaves nothing behind.
 
-    rows: list[dict[str, Any]]
+        The user's callbacks and loggers would act on, and write about, a run that is none.
+        """
+        user = self.user_trainer
+        trainer = pl.Trainer(
+            accelerator=user.strategy.root_device.type,
+            devices=1,
+            precision=user.precision,
+            max_epochs=-1,
+            callbacks=[self],
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,
+            limit_train_batches=None if user.limit_train_batches == 1.0 else user.limit_train_batches,
+            **options,
+        )
+        trainer.fit(self.user_module, datamodule=datamodule)
+
+    def enter(self, trainer: pl.Trainer, stage: Stage) -> StageRun:
+        """Freezes and unfreezes as at the start of `stage`, whichever came before."""
+        self._index, self._entered = self.stages.index(stage), None
+        return self.enter_stage(trainer)
 
     def _check_needs(self, trainer: pl.Trainer) -> None:
         """The players are the original trainer's, and were checked there."""
 
     def _sets_rates(self, trainer: pl.Trainer) -> bool:
         return True
+
+
+class _PlanProbe(Probe):
+    rows: list[dict[str, Any]]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measures every stage."""
@@ -106,8 +131,7 @@ class _PlanProbe(GradualUnfreeze):
     def _row(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, batch: Any, batches: int, images: int
     ) -> dict[str, Any]:
-        self._index, self._entered = self.stages.index(stage), None
-        self.enter_stage(trainer)
+        self.enter(trainer, stage)
         self._put_frozen_in_eval_mode()
         trained = select(self.groups, stage.train)
         with sandbox(trainer, pl_module):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_unfreeze.callbacks.base import players
 from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage, RangeTest
-from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
-from lightning_unfreeze.plan import probing_trainer
+from lightning_unfreeze.plan import Probe
 
 
 def range_tests(
@@ -26,45 +25,29 @@ def range_tests(
     Raises:
         MisconfigurationException: Where the trainer has no `GradualUnfreeze`, or `fit` would refuse the plan.
     """
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    conductors = [callback for callback in callbacks if isinstance(callback, GradualUnfreeze)]
-    if not conductors:
-        raise MisconfigurationException("there are no stages: add GradualUnfreeze with them to trainer.callbacks")
-    finders = [callback for callback in callbacks if isinstance(callback, LRFinderPerStage)]
-    conductors[0].setup(trainer, pl_module, "fit")
-    probe = _Probe(conductors[0], finders[0] if finders else LRFinderPerStage())
-    probing = probing_trainer(
-        trainer,
-        probe,
+    probe = _RangeTestProbe(trainer, pl_module)
+    probe.fit(
+        datamodule,
         accumulate_grad_batches=trainer.accumulate_grad_batches,
         gradient_clip_val=trainer.gradient_clip_val,
         gradient_clip_algorithm=trainer.gradient_clip_algorithm,
         enable_progress_bar=trainer.progress_bar_callback is not None,
     )
-    probing.fit(pl_module, datamodule=datamodule)
     return probe.results
 
 
-class _Probe(GradualUnfreeze):
-    """Sets up a fit, makes the range test of each stage, and stops before the first batch is trained."""
-
-    def __init__(self, conductor: GradualUnfreeze, finder: LRFinderPerStage) -> None:
-        super().__init__(conductor.stages, conductor.network)
-        self.finder = finder
+class _RangeTestProbe(Probe):
+    def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().__init__(trainer, pl_module)
+        finders = [player for player in players(trainer) if isinstance(player, LRFinderPerStage)]
+        self.finder = finders[0] if finders else LRFinderPerStage()
         self.results: dict[str, RangeTest] = {}
-
-    def _check_needs(self, trainer: pl.Trainer) -> None:
-        """The players are the original trainer's, and were checked there."""
-
-    def _sets_rates(self, trainer: pl.Trainer) -> bool:
-        return True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Makes the range tests, each as at the start of its stage."""
         asked = [stage for stage in self.stages if stage.lr == "find"] or self.stages
         for stage in asked:
-            self._index, self._entered = self.stages.index(stage), None
-            run = self.enter_stage(trainer)
+            run = self.enter(trainer, stage)
             self._set_rates(trainer, run)
             with self.around_stage_start(trainer, run):
                 self.results[stage.name] = self.finder.range_test(trainer, pl_module, stage.name)

@@ -110,6 +110,9 @@ def plot_stages(
         bottom.plot(*zip(*metric, strict=True), color="black", marker="o", markersize=4, linewidth=1)
     bottom.set_ylabel(metric_name)
     bottom.set_xlabel("optimizer step")
+    # a character of the names is about a hundredth of the axis wide
+    span = max(stages[-1][2] - stages[0][1], 1) if stages else 1
+    upright = all(len(name) < 100 * (last - first) / span for name, first, last in stages)
     for index, (name, first, last) in enumerate(stages):
         for axis in (top, bottom):
             axis.axvspan(first, last, color="0.92" if index % 2 else "0.97", zorder=0)
@@ -117,10 +120,10 @@ def plot_stages(
             name,
             ((first + last) / 2, 1.01),
             xycoords=("data", "axes fraction"),
-            ha="center",
+            ha="center" if upright else "left",
             va="bottom",
             fontsize=9,
-            rotation=0 if len(stages) <= 5 else 30,
+            rotation=0 if upright else 20,
         )
     return figure
 

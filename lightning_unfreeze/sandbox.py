@@ -86,7 +86,7 @@ def batch_on_device(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: A
     """`batch` as the training step gets it: converted to the precision, through the transfer hooks, on the device."""
     batch = trainer.precision_plugin.convert_input(batch)
     # Lightning's loop makes these two calls in this order; the first has no public name (guarded by
-    # `test_sandbox__a_batch_goes_through_the_transfer_hooks`, Lightning 2.5 to 2.6)
+    # `test_sandbox__a_batch_goes_through_the_transfer_hooks`, Lightning 2.6)
     batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 

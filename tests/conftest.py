@@ -15,6 +15,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_unfreeze.loaders import EpochSampler, KeyedDataset, ResumableLoader
+
 torch.set_num_threads(1)
 
 SHARED = Path(__file__).parents[1].resolve().parent / "shared"
@@ -94,6 +96,23 @@ def loader(dataset: Any = None, batch_size: int = 8, shuffle: bool = False, **op
     return DataLoader(
         random_images() if dataset is None else dataset, batch_size=batch_size, shuffle=shuffle, **options
     )
+
+
+def keyed_loader(dataset: Any = None, batch_size: int = 8, seed: int = 3) -> ResumableLoader:
+    """Shuffled; order and augmentation are functions of the epoch, the same global batches on any number of ranks."""
+    data = KeyedDataset(random_images() if dataset is None else dataset, seed=0)
+    return ResumableLoader(data, batch_size=batch_size, sampler=EpochSampler(data, seed=seed))
+
+
+def steady_module(train_bn: bool = False, kind: type[UserModule] = UserModule) -> UserModule:
+    """Without draws, and without statistics of a batch: nothing that depends on how many ranks share a batch."""
+    module = kind(SmallNet(), optimizer="sgd")
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        if isinstance(part, nn.BatchNorm2d):
+            part.train(train_bn)
+    return module
 
 
 def quiet_trainer(callbacks: list[Callback], **options: Any) -> pl.Trainer:

@@ -24,13 +24,17 @@ from lightning.pytorch.strategies import (
     Strategy,
 )
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from lightning_unfreeze.callbacks.base import StageCallback
+from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage
+from lightning_unfreeze.callbacks.precompute import PrecomputeFeatures
+from lightning_unfreeze.callbacks.restarts import CosineRestarts
+from lightning_unfreeze.callbacks.tta import TTAEval
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.distributed import gather_objects, rebuild_ddp, refuse_untested_strategy
-from lightning_unfreeze.loaders import EpochSampler, ResumableLoader
 from lightning_unfreeze.stages import Stage
-from tests.conftest import SmallNet, UserModule, quiet_trainer, random_images, weights_of
+from tests.conftest import UserModule, keyed_loader, loader, quiet_trainer, random_images, steady_module, weights_of
 
 needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="forks its processes")
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
@@ -48,22 +52,31 @@ SIZES = {"head": 21, "top": 21 + 234, "full": 21 + 234 + 120, "stem": 120}
 def ranks_differ_by(module: nn.Module) -> float:
     """Largest difference of any parameter or buffer between any rank and the first."""
     mine = torch.cat([value.detach().double().flatten() for value in module.state_dict().values()])
+    if not torch.distributed.is_initialized():
+        return 0.0
     everyone = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(everyone, mine)
     return max(float((other - everyone[0]).abs().max()) for other in everyone)
 
 
+# by the number of ranks
+DDP_OPTIONS: dict[int, dict[str, bool]] = {2: {}, 3: {"gradient_as_bucket_view": True, "static_graph": True}}
+
+
 class WritesDown(StageCallback):
-    """Differences between ranks after each stage (each epoch without stages), and the final weights of rank 0."""
+    """Differences between ranks after each stage (each epoch without stages), the final weights, what each rank saw."""
 
     order = 95
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.differences, self.reduced = folder, {}, {}  # type: ignore[var-annotated]
+        self.rates: dict[str, list[list[float]]] = {}
+        self.metrics: dict[str, dict[str, float]] = {}
 
     def on_stage_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
         if self.run is not None and self.run.planned:
             self.differences[stage.name] = ranks_differ_by(pl_module)
+            self.metrics[stage.name] = tta_metrics(trainer.callback_metrics)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
@@ -71,17 +84,27 @@ class WritesDown(StageCallback):
             self.differences[str(trainer.current_epoch)] = ranks_differ_by(pl_module)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        if self.run is None:
+            return
+        self.rates.setdefault(self.run.stage.name, []).append([group["lr"] for group in optimizer.param_groups])
         counts = getattr(trainer.strategy, "reduced", None)
-        if counts is not None and self.run is not None:
+        if counts is not None:
             self.reduced.setdefault(self.run.stage.name, set()).add(sum(counts))
             counts.clear()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
+        self.differences["end"] = ranks_differ_by(pl_module)
+        reduced = {name: sorted(sizes) for name, sizes in self.reduced.items()}
+        seen = {"differences": self.differences, "reduced": reduced, "rates": self.rates, "metrics": self.metrics}
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(seen))
         if trainer.is_global_zero:
             torch.save(weights_of(pl_module), self.folder / "weights.pt")
-            reduced = {name: sorted(sizes) for name, sizes in self.reduced.items()}
-            (self.folder / "seen.json").write_text(json.dumps([self.differences, reduced]))
+
+
+def tta_metrics(logged: Any) -> dict[str, float]:
+    return {name: float(value) for name, value in logged.items() if "_tta" in name or "_plain" in name}
 
 
 class CountingDDP(DDPStrategy):
@@ -100,30 +123,41 @@ class CountingDDP(DDPStrategy):
         self.model.register_comm_hook(None, self._ddp_comm_hook)
 
 
+class Module(UserModule):
+    test_step = UserModule.validation_step
+
+
 def fit(
-    folder: Path, num_ranks: int, *callbacks: Callback, strategy: Any = None, train_bn: bool = False
-) -> tuple[dict[str, float], dict[str, list[int]], dict[str, torch.Tensor]]:
+    folder: Path,
+    num_ranks: int,
+    *callbacks: Callback,
+    strategy: Any = None,
+    train_bn: bool = False,
+    dataset: Any = None,
+    val: Any = None,
+    max_epochs: int = -1,
+) -> SimpleNamespace:
     torch.manual_seed(0)
-    net = SmallNet()
-    for module in net.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(module, nn.BatchNorm2d):
-            module.train(train_bn)  # in train mode each rank sees its own batch statistics
+    module = steady_module(train_bn, Module)
     options: dict[str, Any] = {}
     if num_ranks > 1:
-        ddp = DDPStrategy(start_method="fork", process_group_backend="gloo")
+        ddp = DDPStrategy(start_method="fork", process_group_backend="gloo", **DDP_OPTIONS[num_ranks])
         options = {"strategy": strategy or ddp, "devices": num_ranks}
-    dataset = random_images(24)
-    data = ResumableLoader(dataset, batch_size=12 // num_ranks, sampler=EpochSampler(dataset, seed=1))
-    writes = [WritesDown(folder)] if num_ranks > 1 else []
-    trainer = quiet_trainer([*callbacks, *writes], max_epochs=6, **options)
-    module = UserModule(net, optimizer="sgd")
-    trainer.fit(module, data)
-    if num_ranks == 1:
-        return {}, {}, weights_of(module)
-    differences, reduced = json.loads((folder / "seen.json").read_text())
-    return differences, reduced, torch.load(folder / "weights.pt")
+    trainer = quiet_trainer([*callbacks, WritesDown(folder)], max_epochs=max_epochs, **options)
+    trainer.fit(module, keyed_loader(dataset, 12 // num_ranks), val)
+    first, *others = (json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(num_ranks))
+    for other in others:  # the same rates and the same metrics on every rank, to the last digit
+        assert other == first
+    return SimpleNamespace(**first, weights=torch.load(folder / "weights.pt"), trainer=trainer, module=module)
+
+
+def assert_same_weights(many: SimpleNamespace, one: SimpleNamespace) -> None:
+    for name, value in one.weights.items():
+        torch.testing.assert_close(many.weights[name], value, rtol=0, atol=1e-6, msg=name)
+
+
+def no_differences(plan: list[Stage]) -> dict[str, float]:
+    return {**{stage.name: 0.0 for stage in plan}, "end": 0.0}
 
 
 @needs_fork
@@ -131,22 +165,80 @@ def fit(
 @pytest.mark.filterwarnings("ignore:Found .* module")  # Lightning, about BatchNorm that the module keeps in eval mode
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_ddp__replicas_stay_equal_and_equal_one_process(num_ranks: int, tmp_path: Path) -> None:
-    options = {} if num_ranks == 2 else {"gradient_as_bucket_view": True, "static_graph": True}
-    strategy = CountingDDP(start_method="fork", **options)
-    differences, reduced, weights = fit(tmp_path, num_ranks, GradualUnfreeze(PLAN), strategy=strategy)
-    assert differences == {stage.name: 0.0 for stage in PLAN}
+    strategy = CountingDDP(start_method="fork", **DDP_OPTIONS[num_ranks])
+    many = fit(tmp_path / "many", num_ranks, GradualUnfreeze(PLAN), strategy=strategy)
+    assert many.differences == no_differences(PLAN)
     # the user's hook saw, in every step, exactly what trains
-    assert reduced == {name: [size] for name, size in SIZES.items()}
-    _, _, alone = fit(tmp_path, 1, GradualUnfreeze(PLAN))
-    for name, value in alone.items():
-        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-6)
+    assert many.reduced == {name: [size] for name, size in SIZES.items()}
+    assert_same_weights(many, fit(tmp_path / "one", 1, GradualUnfreeze(PLAN)))
 
 
 @needs_fork
 @pytest.mark.ddp
 def test_ddp__buffers_are_equal_after_every_stage_where_batch_norm_trains(tmp_path: Path) -> None:
-    differences, _, _ = fit(tmp_path, 2, GradualUnfreeze(PLAN), train_bn=True)
-    assert differences == {stage.name: 0.0 for stage in PLAN}
+    many = fit(tmp_path, 2, GradualUnfreeze(PLAN), train_bn=True)
+    assert many.differences == no_differences(PLAN)
+
+
+# --- all pieces together ---------------------------------------------------------------------------------------------
+
+RECIPE = [
+    Stage("head_on_features", train="head", epochs=2, precompute=True, lr="find"),
+    Stage("top", train=2, lr=0.1, lr_mult=0.5, cycle_len=1, num_cycles=2),
+    Stage("full", lr="find", lr_mult=0.5, cycle_len=1, cycle_mult=2, num_cycles=3, until="overfit"),
+]
+
+
+def telling_images(num: int, seed: int) -> TensorDataset:
+    """Images whose class can be seen, so that a range test has a signal."""
+    images, labels = random_images(num, seed=seed).tensors
+    images[torch.arange(num), labels] += 1.5
+    return TensorDataset(images, labels)
+
+
+def fit_recipe(folder: Path, num_ranks: int) -> SimpleNamespace:
+    """The fit, then validation and test, which start processes of their own."""
+    val = loader(telling_images(96, seed=1), batch_size=16)
+    pieces = [
+        GradualUnfreeze(RECIPE, train_bn=False),
+        PrecomputeFeatures(folder / "feature_store", policy="always"),
+        LRFinderPerStage(1e-4, 10.0, num_steps=40),
+        CosineRestarts(min_delta=10.0),  # more than any gain: the last stage ends after its second cycle
+        TTAEval("d4"),
+    ]
+    run = fit(folder, num_ranks, *pieces, dataset=telling_images(48, seed=0), val=val)
+    for kind in ("validate", "test"):
+        (logged,) = getattr(run.trainer, kind)(run.module, val, verbose=False)
+        run.metrics[kind] = tta_metrics(logged)
+    return run
+
+
+@needs_fork
+@pytest.mark.ddp
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Found .* module")
+@pytest.mark.filterwarnings("ignore:.*recommended to use .*sync_dist=True")
+@pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders")
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_ddp__all_pieces_together_equal_one_process(num_ranks: int, tmp_path: Path) -> None:
+    many, one = fit_recipe(tmp_path / "many", num_ranks), fit_recipe(tmp_path / "one", 1)
+    assert many.differences == no_differences(RECIPE)
+    assert_same_weights(many, one)
+    # in each of the four steps of an epoch; a range test gives one of its 40 rates, the next is 1.3 times as high
+    assert {name: len(rates) for name, rates in one.rates.items()} == {"head_on_features": 8, "top": 8, "full": 12}
+    for name, rates in one.rates.items():
+        torch.testing.assert_close(torch.tensor(many.rates[name]), torch.tensor(rates), rtol=1e-6, atol=0)
+    assert many.metrics.keys() == one.metrics.keys()
+    for name, metrics in one.metrics.items():
+        assert many.metrics[name] == pytest.approx(metrics, rel=1e-5, abs=1e-6), name
+    # nothing was left out: features were stored, both range tests had a signal, the views changed predictions
+    for folder in ("many", "one"):
+        for split in ("train", "val"):
+            assert len(list((tmp_path / folder / "feature_store").glob(f"*-{split}"))) == 1
+    assert 0.05 not in (one.rates["head_on_features"][0][-1], one.rates["full"][0][-1])
+    assert one.metrics["head_on_features"] == {}
+    for name, prefix in {"full": "val", "validate": "val", "test": "test"}.items():
+        assert one.metrics[name][f"{prefix}_tta_fixed"] + one.metrics[name][f"{prefix}_tta_broken"] > 0
 
 
 @needs_fork
@@ -156,9 +248,9 @@ def test_ddp__buffers_are_equal_after_every_stage_where_batch_norm_trains(tmp_pa
 def test_ddp__the_check_sees_backbone_finetuning_drift(tmp_path: Path) -> None:
     """Lightning issue #20340: what is unfrozen after the wrapping is never reduced."""
     unfreezes = BackboneFinetuning(unfreeze_backbone_at_epoch=2, train_bn=False, backbone_initial_lr=0.05)
-    differences, _, _ = fit(tmp_path, 2, SimpleHead(), unfreezes)
+    differences = fit(tmp_path, 2, SimpleHead(), unfreezes, max_epochs=6).differences
     assert [differences[epoch] for epoch in ("0", "1")] == [0.0, 0.0]
-    assert all(differences[epoch] > 1e-4 for epoch in ("2", "3", "4", "5"))
+    assert all(differences[epoch] > 1e-4 for epoch in ("2", "3", "4", "5", "end"))
 
 
 class SimpleHead(Callback):

@@ -29,7 +29,6 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loops import _EvaluationLoop, _TrainingEpochLoop
 from lightning.pytorch.strategies import DDPStrategy
 from matplotlib.figure import Figure
-from torch import nn
 
 from lightning_unfreeze.callbacks import precompute
 from lightning_unfreeze.callbacks.base import StageCallback
@@ -40,9 +39,18 @@ from lightning_unfreeze.callbacks.tta import TTAEval
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.feature_pass import FeaturePass
 from lightning_unfreeze.feature_store import FeatureStore, StoreError
-from lightning_unfreeze.loaders import EpochSampler, KeyedDataset, ResumableLoader
 from lightning_unfreeze.stages import Stage
-from tests.conftest import SmallNet, UserModule, loader, quiet_trainer, random_images, same_weights, weights_of
+from tests.conftest import (
+    SmallNet,
+    UserModule,
+    keyed_loader,
+    loader,
+    quiet_trainer,
+    random_images,
+    same_weights,
+    steady_module,
+    weights_of,
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -103,9 +111,7 @@ def recipe_fit(folder: Path, save_every: int = 1, *callbacks: Callback) -> tuple
         best,
     ]
     trainer = quiet_trainer([*players, *callbacks], enable_checkpointing=True, default_root_dir=folder)
-    data = KeyedDataset(random_images(24), seed=0)
-    train = ResumableLoader(data, batch_size=8, sampler=EpochSampler(data, seed=3))
-    trainer.fit(module, train, loader(random_images(16, seed=1)), ckpt_path="last")
+    trainer.fit(module, keyed_loader(), loader(random_images(16, seed=1)), ckpt_path="last")
     return module, trainer
 
 
@@ -385,12 +391,7 @@ def ranked_fit(
 ) -> UserModule:
     """Two stages on the same global batches whatever the number of ranks; without what depends on the rank's own."""
     torch.manual_seed(0)
-    module = UserModule(SmallNet(), optimizer="sgd")
-    for part in module.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
-        if isinstance(part, nn.BatchNorm2d):
-            part.eval()
+    module = steady_module()
     stages = [
         Stage("head", train="head", epochs=2, precompute=True, lr=0.1),
         Stage("full", epochs=2, lr=0.05, lr_mult=0.5),
@@ -401,9 +402,7 @@ def ranked_fit(
         options = {"strategy": strategy, "devices": num_ranks}
     precompute = PrecomputeFeatures(folder / "feature_store", policy="always")
     trainer = quiet_trainer([GradualUnfreeze(stages), precompute, *callbacks], default_root_dir=folder, **options)
-    dataset = random_images(24)
-    train = ResumableLoader(dataset, batch_size=12 // num_ranks, sampler=EpochSampler(dataset, seed=1))
-    trainer.fit(module, train, ckpt_path=ckpt)
+    trainer.fit(module, keyed_loader(batch_size=12 // num_ranks), ckpt_path=ckpt)
     if trainer.is_global_zero:
         folder.mkdir(exist_ok=True)
         torch.save(weights_of(module), folder / "weights.pt")
@@ -525,9 +524,7 @@ def test_resume__makes_up_for_the_end_of_an_epoch_that_a_checkpoint_lacks(last: 
         ends = EndsAfterFourEpochs()
         plan = GradualUnfreeze([until, *after])
         trainer = quiet_trainer([ends, restarts, plan, *([] if folder is None else [SavesAfterTheLastBatch(folder)])])
-        data = KeyedDataset(random_images(24), seed=0)
-        train = ResumableLoader(data, batch_size=8, sampler=EpochSampler(data, seed=3))
-        trainer.fit(module, train, loader(random_images(8)), ckpt_path=ckpt)
+        trainer.fit(module, keyed_loader(), loader(random_images(8)), ckpt_path=ckpt)
         assert torch.is_grad_enabled()
         journal = plan.journal.state_dict()
         told = (
@@ -574,8 +571,7 @@ def test_resume__keeps_the_decision_whether_a_store_pays(
         stages = [Stage("head", train="head", epochs=3, precompute=True)]
         store = PrecomputeFeatures(tmp_path / folder)
         trainer = quiet_trainer([GradualUnfreeze(stages), store, *callbacks])
-        data = KeyedDataset(Brightened(lambda image: image + torch.rand(1)), seed=0)
-        train = ResumableLoader(data, batch_size=8, sampler=EpochSampler(data, seed=3))
+        train = keyed_loader(Brightened(lambda image: image + torch.rand(1)))
         trainer.fit(module, train, loader(Brightened(lambda image: image)), ckpt_path=ckpt)
         assert bool(list((tmp_path / folder).glob("*-train"))) == pays
         return weights_of(module)

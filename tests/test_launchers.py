@@ -6,7 +6,6 @@ Script, `torchrun`, spawn: this file itself, started as a script.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -24,11 +23,10 @@ from torch import nn
 
 from lightning_unfreeze.callbacks.base import StageCallback
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
-from lightning_unfreeze.loaders import EpochSampler, ResumableLoader
 from lightning_unfreeze.stages import Stage
-from tests.conftest import SmallNet, UserModule, loader, quiet_trainer, random_images
+from tests.conftest import SmallNet, UserModule, keyed_loader, loader, quiet_trainer, random_images
+from tests.test_distributed import needs_fork, ranks_differ_by
 
-needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="forks its processes")
 pytestmark = [
     pytest.mark.ddp,
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
@@ -37,10 +35,6 @@ pytestmark = [
 
 PLAN = [Stage("head", train="head", epochs=1, lr=0.1), Stage("full", epochs=1, lr=0.05, lr_mult=0.5)]
 REPO = Path(__file__).parents[1]
-
-
-def checksum(module: nn.Module) -> torch.Tensor:
-    return torch.cat([value.detach().double().flatten() for value in module.state_dict().values()])
 
 
 class ChecksRanks(StageCallback):
@@ -58,12 +52,9 @@ class ChecksRanks(StageCallback):
         ]
 
     def on_stage_end(self, trainer: pl.Trainer, pl_module: Any, stage: Stage) -> None:
-        mine = checksum(pl_module)
-        everyone = [torch.empty_like(mine) for _ in range(trainer.world_size)]
-        torch.distributed.all_gather(everyone, mine)
         after = [pl_module.net.head[2].weight, pl_module.net.backbone[0][0].weight]
         moved = [not torch.equal(now, before) for now, before in zip(after, self.before, strict=True)]
-        self.rows[stage.name] = [len(everyone), max(float((other - mine).abs().max()) for other in everyone), *moved]
+        self.rows[stage.name] = [trainer.world_size, ranks_differ_by(pl_module), *moved]
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
@@ -73,10 +64,8 @@ class ChecksRanks(StageCallback):
 
 def fit(path: Path, strategy: Any) -> None:
     torch.manual_seed(0)
-    dataset = random_images(24)
-    data = ResumableLoader(dataset, batch_size=6, sampler=EpochSampler(dataset, seed=1))
     trainer = quiet_trainer([GradualUnfreeze(PLAN), ChecksRanks(path)], strategy=strategy, devices=2)
-    trainer.fit(UserModule(SmallNet(), optimizer="sgd"), data)
+    trainer.fit(UserModule(SmallNet(), optimizer="sgd"), keyed_loader(batch_size=6))
 
 
 def check(path: Path) -> None:

@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     Timer,
 )
+from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
@@ -28,9 +29,18 @@ from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage
 from lightning_unfreeze.callbacks.precompute import PrecomputeFeatures
 from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
-from lightning_unfreeze.loaders import EpochSampler, KeyedDataset, ResumableLoader
 from lightning_unfreeze.stages import Stage
-from tests.conftest import SmallNet, UserModule, loader, quiet_trainer, random_images, same_weights, weights_of
+from tests.conftest import (
+    SmallNet,
+    UserModule,
+    keyed_loader,
+    loader,
+    quiet_trainer,
+    random_images,
+    same_weights,
+    steady_module,
+    weights_of,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
@@ -62,9 +72,7 @@ def fit(
         enable_checkpointing=any(isinstance(other, ModelCheckpoint) for other in others),
         **options,
     )
-    data = KeyedDataset(random_images(24), seed=0)
-    train = ResumableLoader(data, batch_size=8, sampler=EpochSampler(data, seed=3))
-    trainer.fit(module, train, loader(random_images(8, seed=1)), ckpt_path=ckpt)
+    trainer.fit(module, keyed_loader(), loader(random_images(8, seed=1)), ckpt_path=ckpt)
     return module, trainer
 
 
@@ -109,10 +117,6 @@ def test_early_stopping__ends_the_run_and_the_best_checkpoint_goes_on(tmp_path: 
 # --- averages of weights ---------------------------------------------------------------------------------------------
 
 
-def averages() -> Any:
-    return pytest.importorskip("lightning.pytorch.callbacks.weight_averaging", reason="Lightning 2.6 brought it")
-
-
 class StepsDown(Callback):
     """The same moving average, by hand."""
 
@@ -140,14 +144,14 @@ def test_weight_averaging__averages_over_the_stages_and_leaves_the_training_alon
 
     by_hand = StepsDown(0.75)
     run(by_hand)
-    module = run(averages().EMAWeightAveraging(decay=0.75))
+    module = run(EMAWeightAveraging(decay=0.75))
     for name, value in module.named_parameters():
         torch.testing.assert_close(value.detach(), by_hand.average[name], rtol=1e-5, atol=1e-7)
 
 
 def test_weight_averaging__is_refused_where_the_stage_goes_back_to_its_best_weights() -> None:
     stages = [Stage("full", cycle_len=1, num_cycles=2, until="overfit")]
-    trainer = quiet_trainer([GradualUnfreeze(stages), CosineRestarts(), averages().EMAWeightAveraging(decay=0.75)])
+    trainer = quiet_trainer([GradualUnfreeze(stages), CosineRestarts(), EMAWeightAveraging(decay=0.75)])
     with pytest.raises(MisconfigurationException, match=r"EMAWeightAveraging.*until='overfit'.*num_cycles"):
         trainer.fit(UserModule(SmallNet()), loader(), loader())
 
@@ -173,7 +177,7 @@ def test_callbacks__that_would_write_the_same_are_refused(other: Callback, parts
 def clipped_by_hand(value: float, accumulate: int) -> nn.Module:
     """One stage of two epochs with torch alone."""
     torch.manual_seed(0)
-    module = without_dropout()
+    module = steady_module(train_bn=True)
     optimizer = module.configure_optimizers()
     batches = list(loader())
     for _ in range(2):
@@ -186,18 +190,10 @@ def clipped_by_hand(value: float, accumulate: int) -> nn.Module:
     return module
 
 
-def without_dropout() -> UserModule:
-    module = UserModule(SmallNet(), optimizer="sgd")
-    for part in module.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
-    return module
-
-
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_clipping__and_accumulation_equal_the_plain_loop(accumulate: int) -> None:
     torch.manual_seed(0)
-    module = without_dropout()
+    module = steady_module(train_bn=True)
     trainer = quiet_trainer(
         [GradualUnfreeze([Stage("a", epochs=1), Stage("b", epochs=1)])],
         gradient_clip_val=0.05,

@@ -37,22 +37,26 @@ def finder() -> LRFinderPerStage:
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but", "ignore:stage .* no signal")
-def test_range_tests__are_those_of_fit_and_train_nothing() -> None:
+# the first stage of the second plan has BatchNorm layers that train, and the option that keeps their statistics
+@pytest.mark.parametrize(("plan", "train_bn"), [(PLAN, True), (PLAN[::-1], False)])
+def test_range_tests__are_those_of_fit_and_train_nothing(plan: list[Stage], train_bn: bool) -> None:
     torch.manual_seed(0)
     module = UserModule()
     before = weights_of(module)
-    searching = quiet_trainer([GradualUnfreeze(PLAN), finder()], accumulate_grad_batches=2, gradient_clip_val=0.1)
+    options: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}
+    searching = quiet_trainer([GradualUnfreeze(plan, train_bn=train_bn), finder()], **options)
     torch.manual_seed(1)
     results = range_tests(searching, module, Data())
-    assert list(results) == ["head", "full"]
+    first, last = plan[0].name, plan[-1].name
+    assert list(results) == [first, last]
     assert same_weights(before, weights_of(module)) == []
 
     fitting = finder()
-    trainer = quiet_trainer([GradualUnfreeze(PLAN), fitting], accumulate_grad_batches=2, gradient_clip_val=0.1)
+    trainer = quiet_trainer([GradualUnfreeze(plan, train_bn=train_bn), fitting], **options)
     torch.manual_seed(1)
     trainer.fit(module, datamodule=Data())
-    assert results["head"] == fitting.results["head"]
-    assert results["full"] != fitting.results["full"]  # there, the earlier stages have trained
+    assert results[first] == fitting.results[first]
+    assert results[last] != fitting.results[last]  # there, the earlier stages have trained
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but")

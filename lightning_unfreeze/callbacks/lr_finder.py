@@ -290,7 +290,7 @@ def _fresh_batches(trainer: pl.Trainer) -> Iterator[Iterator[tuple[Any, int, int
     drawn_from = [part for loader in loaders for part in (loader, *_samplers(loader))]
     generators = {id(g): g for g in (getattr(part, "generator", None) for part in drawn_from) if g is not None}
     before = [(generator, generator.get_state()) for generator in generators.values()]
-    # the mode has no public name; guarded by `test_finder__several_loaders_are_combined_as_in_training` (2.5 to 2.6)
+    # the mode has no public name; guarded by `test_finder__several_loaders_are_combined_as_in_training` (Lightning 2.6)
     fresh = CombinedLoader(trainer.train_dataloader, trainer.fit_loop._combined_loader._mode)  # type: ignore[union-attr]
     fresh.flattened = [_fresh(loader) for loader in fresh.flattened]
     limit = None if trainer.num_training_batches == float("inf") else int(trainer.num_training_batches)

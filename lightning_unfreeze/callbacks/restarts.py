@@ -331,8 +331,8 @@ class CosineRestarts(StageCallback):
         if best_before is None or self._gain(best_before, value) > self.min_delta:
             return False
         rank_zero_info(
-            f"stage {stage.name!r}: {self.monitor}={value:.5g} after cycle {len(values)} is no improvement over "
-            f"{best_before:.5g} (min_delta={self.min_delta:g}); the stage ends, the best cycle end is restored"
+            f"stage {stage.name!r}: {self.monitor}={value:.5g} after cycle {len(values)} does not improve on "
+            f"{best_before:.5g} by more than {self.min_delta:g}; the stage ends, the best cycle end is restored"
         )
         return True
 

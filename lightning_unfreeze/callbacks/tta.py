@@ -15,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
@@ -24,6 +25,7 @@ from lightning_unfreeze.datasets import innermost_dataset
 from lightning_unfreeze.logits_spy import LogitsSpy, NetworkCall, as_logits, find_target, shape_target
 from lightning_unfreeze.random_views import DrawingLoader, training_augmentation
 from lightning_unfreeze.reporting import save_figure
+from lightning_unfreeze.stages import Stage
 from lightning_unfreeze.tta_pass import LoaderPass, call_with, sampled_batches, snapshot_states, view_answers
 from lightning_unfreeze.tta_result import TTAResult, plot_flips, scores_of
 from lightning_unfreeze.views import (
@@ -94,7 +96,8 @@ class TTAEval(StageCallback):
         crop_px: Side of the crops. None: 7/8 of each side, scaled back to the batch's size.
         augmentation: For `"random"`; None takes the `transform` of the training dataset.
         seed: For `"random"`; a draw is a function of seed, view and index alone.
-        figure: Write `tta.png` beside the checkpoints and hand it to the logger.
+        figure: Write `tta.png` beside the checkpoints and hand it to the logger; during `fit` at the end of a stage,
+            of its last augmented validation.
 
     Raises:
         ValueError: For an impossible argument.
@@ -149,12 +152,14 @@ class TTAEval(StageCallback):
         self._loaders: list[LoaderPass] = []
         self._members: list[dict[str, Tensor]] | None = None
         self._predict_step: Callable[..., Any] | None = None
+        self._pictures: dict[str, Callable[[], Figure]] = {}
 
     # --- the three kinds of run ------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """For random views, puts a `DrawingLoader` around each evaluation loader as Lightning gets it ready."""
         super().setup(trainer, pl_module, stage)
+        self._pictures = {}
         if not self.random:
             return
         process = trainer.strategy.process_dataloader
@@ -212,6 +217,10 @@ class TTAEval(StageCallback):
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Computes and logs the metrics."""
         self._finish(trainer, pl_module, "test")
+
+    def on_stage_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
+        """Draws the stage's last augmented validation."""
+        self._draw(trainer)
 
     def on_predict_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Puts a step around the module's `predict_step`: a callback cannot change what `Trainer.predict` returns."""
@@ -423,9 +432,18 @@ class TTAEval(StageCallback):
                 datamodule = getattr(trainer, "datamodule", None)
                 classes = getattr(innermost_dataset(loader.dataset), "classes", None)
                 classes = getattr(datamodule, "class_names", classes)
-                picture = plot_flips(result, sheet, classes, f"{prefix}{suffix}, {self.num_views} views")
-                save_figure(trainer, picture, "tta" + suffix.replace("/", "_"))
+                self._pictures["tta" + suffix.replace("/", "_")] = functools.partial(
+                    plot_flips, result, sheet, classes, f"{prefix}{suffix}, {self.num_views} views"
+                )
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._draw(trainer)
         self._stop(pl_module)
+
+    def _draw(self, trainer: pl.Trainer) -> None:
+        """Draws what was found last: a picture takes longer than a small validation."""
+        for name, picture in self._pictures.items():
+            save_figure(trainer, picture(), name)
+        self._pictures = {}
 
     # --- random views ----------------------------------------------------------------------------------------------
 

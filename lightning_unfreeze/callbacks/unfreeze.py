@@ -10,7 +10,12 @@ from typing import Any, ClassVar, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import BaseFinetuning, LearningRateFinder, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -149,7 +154,7 @@ class GradualUnfreeze(StageCallback):
                 reason = "it gives every param group one rate; use LRFinderPerStage and lr='find'"
             elif isinstance(other, StochasticWeightAveraging):
                 reason = "it takes over the learning rates; use CosineRestarts(snapshots=True), or WeightAveraging"
-            elif until and any(base.__name__ == "WeightAveraging" for base in type(other).__mro__):  # Lightning 2.6
+            elif until and isinstance(other, WeightAveraging):
                 reason = "it validates averages, and until='overfit' goes back to weights; give num_cycles alone"
             if reason:
                 raise MisconfigurationException(f"GradualUnfreeze cannot run beside {type(other).__name__}: {reason}")
@@ -526,7 +531,7 @@ def _epoch_end_lost(fit_loop: dict[str, Any]) -> bool:
     """Whether a checkpoint was saved in `on_train_batch_end` of an epoch's last batch.
 
     Lightning takes such an epoch for finished. Read from the loop's state in the checkpoint, which has no public form;
-    guarded by `test_resume__goes_on_as_if_never_stopped` (Lightning 2.5 to 2.6).
+    guarded by `test_resume__goes_on_as_if_never_stopped` (Lightning 2.6).
     """
     batches = fit_loop["epoch_loop.batch_progress"]
     saved_at_batch_end = batches["total"]["completed"] == batches["total"]["processed"] - 1
@@ -565,7 +570,7 @@ def _validate_at_epoch_end(trainer: pl.Trainer) -> None:
     """Validates where the Trainer does so after an epoch's last batch.
 
     There is no public way to do that inside a fit; guarded, with the counters above, by
-    `test_resume__makes_up_for_the_end_of_an_epoch_that_a_checkpoint_lacks` (Lightning 2.5 to 2.6).
+    `test_resume__makes_up_for_the_end_of_an_epoch_that_a_checkpoint_lacks` (Lightning 2.6).
     """
     every_epochs, every_batches = trainer.check_val_every_n_epoch or 0, trainer.val_check_batch or 0
     at_epoch_end = every_batches > 0 and trainer.num_training_batches % every_batches == 0
@@ -602,7 +607,7 @@ def _expand_scheduler(scheduler: Any, num_before: int, parents: Sequence[int]) -
     """Repeats a scheduler's per-group lists after param groups were split.
 
     torch's and timm's schedulers keep one entry per param group and have no public way to add one; guarded by
-    `test_unfreeze__a_scheduler_that_does_not_fight_gives_the_same_rates` (torch 2.5 to 2.15).
+    `test_unfreeze__a_scheduler_that_does_not_fight_gives_the_same_rates` (torch 2.6 to 2.15).
     """
     for part in getattr(scheduler, "_schedulers", ()):  # of SequentialLR and ChainedScheduler
         _expand_scheduler(part, num_before, parents)

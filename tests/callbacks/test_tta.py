@@ -592,15 +592,15 @@ def test_tta__learnt_weights_come_from_validation_and_are_used_in_test(tmp_path:
 
 
 class Recorder(pl.Callback):
-    """Epochs whose validation had TTA metrics."""
+    """The result of each validation that had TTA metrics, by its epoch."""
 
     def __init__(self, tta: TTAEval) -> None:
-        self.tta, self.last, self.epochs = tta, None, []
+        self.tta, self.results = tta, {}  # type: ignore[var-annotated]
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.tta.results.get("val") is not self.last:
-            self.epochs.append(trainer.current_epoch)
-            self.last = self.tta.results["val"]
+        result = self.tta.results.get("val")
+        if result is not None and all(result is not earlier for earlier in self.results.values()):
+            self.results[trainer.current_epoch] = result
 
 
 class Conductor(StageCallback):
@@ -642,7 +642,7 @@ def test_tta__during_fit_runs_where_it_was_asked_to(every: Any, stages: Any, exp
     callbacks = [tta, recorder, *([] if stages is None else [Conductor(stages)])]
     loader = load(*images_and_targets(8))
     trainer_with(*callbacks, max_epochs=6, num_sanity_val_steps=1).fit(Module(), loader, loader)
-    assert recorder.epochs == expected
+    assert list(recorder.results) == expected
 
 
 def test_tta__leaves_training_as_it_is() -> None:
@@ -747,6 +747,42 @@ def test_tta__writes_its_picture_beside_the_checkpoints(tmp_path: Path) -> None:
     trainer.test(Module(), load(*images_and_targets(60)), verbose=False)
     with Image.open(tmp_path / "checkpoints" / "tta.png") as picture:
         assert picture.width > 800
+
+
+class StopsAfter(pl.Callback):
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.should_stop = trainer.current_epoch == self.epoch
+
+
+@pytest.mark.parametrize(
+    ("stages", "expected"),
+    [
+        ([Stage("a", epochs=2), Stage("b", train="head", precompute=True, epochs=1), Stage("c", epochs=9)], [1, 4]),
+        (None, [4]),
+    ],
+    ids=["stages", "no stages"],
+)
+def test_tta__draws_once_in_a_stage_a_validation_and_a_test(
+    stages: Any, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(tta_module, "plot_flips", lambda result, *_: drawn.append(result))
+    monkeypatch.setattr(tta_module, "save_figure", lambda *_: None)
+    tta, loader = TTAEval(every=1), load(*images_and_targets())
+    recorder = Recorder(tta)
+    callbacks = [tta, recorder, StopsAfter(epoch=4), *([] if stages is None else [Conductor(stages)])]
+    trainer = trainer_with(*callbacks, max_epochs=12)
+    trainer.fit(Module(), loader, loader)
+    assert list(recorder.results) == ([0, 1, 3, 4] if stages else [0, 1, 2, 3, 4])
+    assert [epoch for result in drawn for epoch, at in recorder.results.items() if at is result] == expected
+    trainer.validate(Module(), loader, verbose=False)
+    trainer.test(Module(), loader, verbose=False)
+    assert len(drawn) == len(expected) + 2
+    assert drawn[-2] is tta.results["val"]
+    assert drawn[-1] is tta.results["test"]
 
 
 # --- several processes -----------------------------------------------------------------------------------------------
