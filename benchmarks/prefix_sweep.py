@@ -7,6 +7,9 @@ has to give the output and the gradients of the plain step, bitwise, with a batc
     python benchmarks/prefix_sweep.py
     python benchmarks/prefix_sweep.py resnet hrnet vision_transformer
     python benchmarks/prefix_sweep.py --shard 0/2 --out sweep.csv
+
+With `--out` each family is written as soon as it is done, and families that the file has are not run again: an
+interrupted sweep goes on. `--again` runs those anew that gave an error or ran out of time. The summary is of the file.
 """
 
 from __future__ import annotations
@@ -28,6 +31,20 @@ from lightning_unfreeze.frozen_prefix import FrozenPrefix, find_prefix
 
 BOUNDARIES = ("first", "middle", "last")
 MAX_PARAMETERS = 30e6
+FIELDS = [
+    "family",
+    "model",
+    "parameters",
+    "px",
+    "boundary",
+    "works",
+    "walked_back",
+    "module",
+    "tensors",
+    "bytes_per_image",
+    "search_seconds",
+    "reason",
+]
 SMALL_WORDS = (
     "zepto atto femto pico nano xxt xxs xxsmall xtiny mini tiny xs t0 050 035 025 s0 b0 lite small t 8 10 14 18 s n"
 )
@@ -178,48 +195,91 @@ def sweep_family(family: str) -> list[dict[str, Any]]:
     return rows
 
 
+def run_family(family: str, seconds: int) -> list[dict[str, Any]]:
+    """The rows of a family; of one that is too large, or gives an error or takes too long, rows that say so."""
+
+    def give_up(*_: Any) -> None:
+        raise TookTooLong(f"more than {seconds} s of processor time")
+
+    signal.signal(signal.SIGPROF, give_up)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        found, reason = sweep_family(family), f"SKIPPED more than {MAX_PARAMETERS / 1e6:.0f} M parameters"
+    except (Exception, TookTooLong) as error:
+        found, reason = [], f"ERROR {error!r}"[:400]
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    return found or [{"family": family, "boundary": b, "works": False, "reason": reason} for b in BOUNDARIES]
+
+
+def read_rows(path: Path | None) -> list[dict[str, Any]]:
+    if path is None or not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [
+            {**row, "works": row["works"] == "True", "walked_back": row["walked_back"] == "True"}
+            for row in csv.DictReader(file)
+        ]
+
+
+def write_rows(path: Path | None, rows: list[dict[str, Any]]) -> None:
+    if path is None:
+        return
+    partial = path.with_name(path.name + ".part")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    partial.replace(path)
+
+
+def show(found: list[dict[str, Any]]) -> None:
+    marks = " ".join("~" if r.get("walked_back") else "+" if r["works"] else "-" for r in found)
+    reasons = "; ".join(dict.fromkeys(f"{r['boundary']}: {r['reason']}" for r in found if r["reason"]))
+    print(f"{found[0]['family']:28} {found[0].get('model', ''):36} {marks}  {reasons[:400]}", flush=True)
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Counts per boundary, and the families that do not work everywhere."""
+    skipped = {row["family"] for row in rows if row["reason"].startswith("SKIPPED")}
+    failed = {row["family"]: row["reason"] for row in rows if row["reason"].startswith("ERROR")}
+    ran = [row for row in rows if row["family"] not in skipped | failed.keys()]
+    families = {row["family"] for row in ran}
+    lines = [f"{len(families)} families ran to the end, {len(failed)} failed, {len(skipped)} are too large"]
+    lines.append("| boundary | works | of which further towards the input | does not |\n|---|---|---|---|")
+    for boundary in BOUNDARIES:
+        of_boundary = [row for row in ran if row["boundary"] == boundary]
+        works = [row for row in of_boundary if row["works"]]
+        walked_back = sum(bool(row.get("walked_back")) for row in works)
+        lines.append(f"| {boundary} | {len(works)} | {walked_back} | {len(of_boundary) - len(works)} |")
+    lines += [f"{row['family']}, {row['boundary']}: {row['reason']}" for row in ran if not row["works"]]
+    lines += [f"{family}: {reason}" for family, reason in failed.items()]
+    return "\n".join(lines)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="timm module names, e.g. resnet; all when none is given")
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th family, from the i-th")
     parser.add_argument("--family-seconds", type=int, default=90, help="give a family up after this processor time")
-    parser.add_argument("--out", type=Path, help="CSV with one row per family and boundary")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no other family after this time")
+    parser.add_argument("--out", type=Path, help="CSV with one row per family and boundary; kept and added to")
+    parser.add_argument("--again", action="store_true", help="run families anew that the file has an error of")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-
-    def give_up(*_: Any) -> None:
-        raise TookTooLong(f"more than {args.family_seconds} s")
-
-    signal.signal(signal.SIGPROF, give_up)
+    start = time.monotonic()
+    rows = [row for row in read_rows(args.out) if not (args.again and row["reason"].startswith("ERROR"))]
     first, of = map(int, args.shard.split("/"))
-    rows: list[dict[str, Any]] = []
-    for family in args.families or timm.list_modules()[first::of]:
-        signal.setitimer(signal.ITIMER_PROF, args.family_seconds)
-        try:
-            found = sweep_family(family)
-        except (Exception, TookTooLong) as error:
-            found = [
-                {"family": family, "boundary": b, "works": False, "reason": f"ERROR {error!r}"} for b in BOUNDARIES
-            ]
-        signal.setitimer(signal.ITIMER_PROF, 0)
+    left = [f for f in args.families or timm.list_modules()[first::of] if f not in {row["family"] for row in rows}]
+    while left and time.monotonic() - start < args.seconds:
+        found = run_family(left.pop(0), args.family_seconds)
         rows += found
-        if not found:
-            print(f"{family:28} skipped: more than {MAX_PARAMETERS / 1e6:.0f} M parameters", flush=True)
-            continue
-        marks = " ".join("~" if r.get("walked_back") else "+" if r["works"] else "-" for r in found)
-        reasons = "; ".join(dict.fromkeys(f"{r['boundary']}: {r['reason']}" for r in found if r["reason"]))
-        print(f"{family:28} {found[0].get('model', ''):36} {marks}  {reasons[:400]}", flush=True)
-    for boundary in BOUNDARIES:
-        of_boundary = [row for row in rows if row["boundary"] == boundary]
-        worked = sum(row["works"] for row in of_boundary)
-        print(f"{boundary:8}: {worked} of {len(of_boundary)} families work")
-    if args.out:
-        fields = list(max(rows, key=len))
-        with args.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fields)
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(args.out, rows)
+        show(found)
+    print(summary(rows))
+    if left:
+        print(f"{len(left)} families are left: {' '.join(left)}")
 
 
 if __name__ == "__main__":

@@ -81,12 +81,13 @@ def probe_batch(loader: DataLoader[Any], view_0: Any, num_images: int) -> tuple[
     Raises:
         NoStoreError: If a sample or the collate function draws at random, or samples are mixed.
     """
+    rows = range(min(num_images, len(view_0)))
     with keyed_rng("probe"):
-        samples = [view_0[row] for row in range(min(num_images, len(view_0)))]
+        samples = [view_0[row] for row in rows]
         raw = loader.collate_fn(samples)
     with keyed_rng("another draw"):
-        again = view_0[0]
-    if not _same(samples[0], again):
+        again = [view_0[row] for row in rows]  # all of them: a coin may fall the same way twice
+    if not _same(samples, again):
         raise NoStoreError(
             f"the images of {type(view_0).__name__} are drawn at random even under the evaluation transform, and "
             "stored features would keep one draw; augment in the dataset's `transform`, or pass "
@@ -131,6 +132,17 @@ class ViewDataset(Dataset[tuple[int, Any]]):
         row = int(self.rows[position])
         with keyed_rng("view", self.seed, self.view, row):
             return row, self.dataset[row]
+
+    def __getitems__(self, positions: list[int]) -> list[tuple[int, Any]]:
+        """A batch at once, as a DataLoader asks where it can.
+
+        View 0 was seen to draw nothing (`probe_batch`); seeding it once a batch saves 0.1 ms an image.
+        """
+        if self.view:
+            return [self[position] for position in positions]
+        rows = self.rows[positions].tolist()
+        with keyed_rng("view", self.seed, 0, *rows):
+            return [(row, self.dataset[row]) for row in rows]
 
     def __len__(self) -> int:
         return len(self.rows)

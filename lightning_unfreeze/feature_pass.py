@@ -156,13 +156,18 @@ class FeaturePass:
     def open(self) -> tuple[StoredData | None, str]:
         """The finished store if it is there and true, else None; and why one that is there is not used."""
         store, problem = None, ""
-        with sandbox(self.trainer, self.pl_module):
-            try:
-                store = FeatureStore.open(self.directory, fingerprint=self.layout.fingerprint, verify=self.verify)
-                if not self._still_true(store):
-                    problem = f"the features in {self.directory} are not what the network gives now"
-            except Exception as error:  # of the store, or of the user's dataset: the other ranks wait to hear of it
-                problem = f"{error}" if (self.directory / "manifest.json").exists() else "there is none"
+        try:
+            store = FeatureStore.open(self.directory, fingerprint=self.layout.fingerprint, verify=self.verify)
+        except Exception as error:  # the other ranks wait to hear of it
+            problem = f"{error}" if (self.directory / "manifest.json").exists() else "there is none"
+        # the sandbox is a collective call under DDP, so all ranks enter it or none
+        if all(gather_objects(self.trainer, store is not None)) and store is not None:
+            with sandbox(self.trainer, self.pl_module):
+                try:
+                    if not self._still_true(store):
+                        problem = f"the features in {self.directory} are not what the network gives now"
+                except Exception as error:  # of the user's dataset
+                    problem = f"{error}"
         problems = [one for one in gather_objects(self.trainer, problem) if one]
         if store is None or problems:
             return None, next((one for one in problems if one != "there is none"), "")

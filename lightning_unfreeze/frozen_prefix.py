@@ -28,13 +28,13 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-# torch 2.5 has no public pytree. Last seen to work: torch 2.15; guarded by `test_outputs__containers_keep_their_form`.
+# torch 2.6 has no public pytree. Last seen to work: torch 2.15; guarded by `test_outputs__containers_keep_their_form`.
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 Run = Callable[[Tensor], Any]
@@ -84,37 +84,39 @@ class _Leaf:
             return cls(two)
         raise _RefusedError(f"returns {type(two).__name__} objects, or values that change with the batch size")
 
-    @property
+    @cached_property
     def batch_dim(self) -> int | None:
         """The one dimension that is a multiple of the batch size; None where there is none: no features of an image."""
         growing = [i for i, (_, per_image) in enumerate(self.dims) if per_image]
         storable = len(growing) == 1 and self.dims[growing[0]][0] == 0 and self.dtype.is_floating_point
         return growing[0] if storable else None
 
+    @cached_property
     def _rows_order(self) -> list[int]:
         return [dim for dim in self.order if dim == self.batch_dim] + [d for d in self.order if d != self.batch_dim]
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """Shape of one image's features, in memory order; leads with the number of windows, where there are any."""
-        first, *others = self._rows_order()
+        first, *others = self._rows_order
         windows = self.dims[first][1]
         return ((windows,) if windows > 1 else ()) + tuple(self.dims[dim][0] for dim in others)
 
     def to_rows(self, tensor: Tensor) -> Tensor:
         """The call's tensor as contiguous rows, one per image: ``(B, *shape)``."""
-        rows = tensor.detach().permute(self._rows_order()).contiguous()
+        rows = tensor.detach().permute(self._rows_order).contiguous()
         return rows.reshape(-1, *self.shape)
 
     def from_rows(self, rows: Tensor) -> Tensor:
-        """Inverse of `to_rows`, with the memory layout (channels_last or not) that the network's own tensor has."""
-        order = self._rows_order()
+        """Inverse of `to_rows`, with the memory layout (channels_last or not) that the network's own tensor has.
+
+        Shares memory with the rows where their layouts agree.
+        """
+        order = self._rows_order
         windows = self.dims[order[0]][1]
         physical = rows.to(self.dtype).reshape(len(rows) * windows, *(self.dims[dim][0] for dim in order[1:]))
         tensor = physical.permute(_inverse(order))
-        tensor = tensor.permute(self.order).contiguous().permute(_inverse(self.order))
-        # Modules behind the boundary may write in place (ReLU); the batch has to survive that.
-        return tensor.clone() if tensor.data_ptr() == rows.data_ptr() else tensor
+        return tensor.permute(self.order).contiguous().permute(_inverse(self.order))
 
     def placeholder(self, batch: int, device: torch.device) -> Any:
         if self.constant is not _MISSING:
@@ -159,7 +161,6 @@ class FrozenPrefix:
         self.image_shape = tuple(image.shape[1:])
         self._image_dtype = image.dtype
         self._run = run
-        self._entries = tuple(entries)
         self._calls = tuple(calls[: max(call for call, _ in stored) + 1])
         self._stored = {_key(calls, *position): position for position in stored}
         self.boundary = self._calls[-1].name or "network"
@@ -168,7 +169,9 @@ class FrozenPrefix:
         self._leaves = leaves
         self.shapes = {key: leaf.shape for key, leaf in leaves.items()}
         self.dtypes = {key: leaf.dtype for key, leaf in leaves.items()}
-        self._patches: contextlib.ExitStack | None = None
+        entered = [(network.get_submodule(name), method, self._enter) for name, method in entries]
+        self._patches = _Patches([*self._stubs(self._answer), *entered])
+        self._writes_in_place = True  # whether modules behind the boundary do, into the features; `verify` looks
         self._expected: tuple[Tensor, int] | None = None
         self._forget()
 
@@ -245,7 +248,7 @@ class FrozenPrefix:
                 raise _Stop
             return result
 
-        with torch.no_grad(), _patched(self._stubs(keep)), contextlib.suppress(_Stop):
+        with torch.no_grad(), _Patches(self._stubs(keep)), contextlib.suppress(_Stop):
             self._run(images)
         if len(outputs) < len(self._calls):
             raise RuntimeError(f"the network never called {self.boundary!r}; find the prefix again")
@@ -288,30 +291,25 @@ class FrozenPrefix:
         Raises:
             RuntimeError: When installed already.
         """
-        if self._patches is not None:
+        if self._patches.is_open:
             raise RuntimeError("this frozen prefix is installed already; call remove() first")
         self._forget()
         self._expected = None if packed is None else (packed, _version(packed))
-        self._patches = contextlib.ExitStack()
-        self._patches.enter_context(_patched(self._stubs(self._answer)))
-        self._patches.enter_context(
-            _patched((self.network.get_submodule(name), method, self._enter) for name, method in self._entries)
-        )
+        self._patches.__enter__()
 
     @property
     def is_installed(self) -> bool:
         """Whether the network takes packed features now."""
-        return self._patches is not None
+        return self._patches.is_open
 
     def remove(self) -> None:
         """Undo `install`, also after an error; nothing stays behind on the network. Harmless when not installed."""
-        if self._patches is not None:
-            self._patches.close()
-        self._patches = None
+        self._patches.__exit__()
         self._forget()
 
     def _forget(self) -> None:
         self._features: dict[tuple[int, int], Tensor] = {}
+        self._handed_on: list[tuple[Tensor, int]] = []
         self._expected = None
         self._batch, self._device = 0, torch.device("cpu")
         self._next = len(self._calls)  # the call that comes next; len(calls): modules run their own forward
@@ -374,9 +372,19 @@ class FrozenPrefix:
         leaves = []
         for i, leaf in enumerate(call.leaves):
             rows = self._features.pop((self._next, i), None)
-            leaves.append(leaf.placeholder(self._batch, self._device) if rows is None else leaf.from_rows(rows))
+            leaves.append(leaf.placeholder(self._batch, self._device) if rows is None else self._hand_on(leaf, rows))
         self._next += 1
         return tree_unflatten(leaves, call.tree)
+
+    def _hand_on(self, leaf: _Leaf, rows: Tensor) -> Tensor:
+        tensor = leaf.from_rows(rows)
+        # The batch has to survive a module behind the boundary that writes in place (ReLU). One that did not when the
+        # prefix was checked and does now cannot go unseen where `_is_unchanged` watches the batch.
+        watched = self._expected is not None and not self._expected[0].is_inference()
+        if tensor.data_ptr() == rows.data_ptr() and (self._writes_in_place or not watched):
+            tensor = tensor.clone()
+        self._handed_on.append((tensor, _version(tensor)))
+        return tensor
 
 
 def find_prefix(network: nn.Module, images: Tensor, run: Run | None = None) -> PrefixSearch:
@@ -431,11 +439,13 @@ def verify(prefix: FrozenPrefix, images: Tensor) -> str:
     Returns:
         The reason why it does not hold; empty when it does.
     """
+    writes_in_place = False
     for evaluate in (False, True):
         run, network = prefix._run, prefix.network
         plain = _probe(network, run, images, evaluate)
         with prefix.replay(prefix.extract(images)) as packed:
             replayed = _probe(network, run, packed, evaluate)
+            writes_in_place |= any(_version(tensor) != version for tensor, version in prefix._handed_on)
         differing = [name for name in plain if not _same(plain[name], replayed.get(name))]
         if differing:
             again = _probe(network, run, images, evaluate)
@@ -448,6 +458,7 @@ def verify(prefix: FrozenPrefix, images: Tensor) -> str:
             why = "it is NaN in the plain forward, too" if is_nan[0] else why
             mode = "in eval mode" if evaluate else "in training"
             return f"the {differing[0]} {mode} is not that of the plain forward ({why})"
+    prefix._writes_in_place = writes_in_place
     return ""
 
 
@@ -548,7 +559,7 @@ def _trace(network: nn.Module, run: Run, images: Tensor) -> tuple[list[tuple[str
         for name, module in network.named_modules()
         for method in ("forward", *_entry_methods(type(module)))
     ]
-    with torch.enable_grad(), _patched(watched):
+    with torch.enable_grad(), _Patches(watched):
         try:
             run(images)
         except _Stop:
@@ -595,9 +606,11 @@ def _mode_problem(name: str, module: nn.Module) -> str:
         kind = type(child).__name__
         if isinstance(child, nn.modules.batchnorm._BatchNorm) and (child.training or child.running_mean is None):
             return f"{child_name!r} ({kind}) is frozen but normalises with batch statistics; put it in eval mode"
+        if not child.training:
+            continue
         owns = any(True for _ in child.parameters(recurse=False)) or any(True for _ in child.buffers(recurse=False))
         drops = "drop" in kind.lower() and any(getattr(child, p, None) for p in ("p", "prob", "drop_prob"))
-        if child.training and (owns or drops):
+        if owns or drops:
             return f"{child_name!r} ({kind}) is frozen but in train mode; put it in eval mode"
     return ""
 
@@ -713,24 +726,35 @@ def _sandbox(network: nn.Module) -> Iterator[None]:
                     module._buffers[name] = buffer.copy_(value)
 
 
-@contextlib.contextmanager
-def _patched(
-    patches: Iterable[tuple[nn.Module, str, Callable[[Callable[..., Any]], Callable[..., Any]]]],
-) -> Iterator[None]:
-    """Methods replaced on the instances, ``(module, method, original -> replacement)``; what was there comes back."""
-    before: list[tuple[nn.Module, str, Any]] = []
-    try:
-        for module, method, wrap in patches:
-            original = getattr(module, method)
-            before.append((module, method, module.__dict__.get(method, _MISSING)))
-            module.__dict__[method] = wrap(original)
-        yield
-    finally:
-        for module, method, previous in reversed(before):
+class _Patches:
+    """Methods replaced on the instances, ``(module, method, original -> replacement)``; what was there comes back.
+
+    A context that is opened and closed with every batch: hence no generator, and the modules are looked up once.
+    """
+
+    def __init__(
+        self, patches: Iterable[tuple[nn.Module, str, Callable[[Callable[..., Any]], Callable[..., Any]]]]
+    ) -> None:
+        self._patches = tuple(patches)
+        self._before: list[tuple[dict[str, Any], str, Any]] = []
+
+    @property
+    def is_open(self) -> bool:
+        return bool(self._before)
+
+    def __enter__(self) -> None:
+        for module, method, wrap in self._patches:
+            replacement = wrap(getattr(module, method))
+            self._before.append((module.__dict__, method, module.__dict__.get(method, _MISSING)))
+            module.__dict__[method] = replacement
+
+    def __exit__(self, *_: object) -> None:
+        while self._before:
+            own, method, previous = self._before.pop()
             if previous is _MISSING:
-                del module.__dict__[method]
+                del own[method]
             else:
-                module.__dict__[method] = previous
+                own[method] = previous
 
 
 def _nothing(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

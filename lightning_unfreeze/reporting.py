@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,8 +74,8 @@ def table_of(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
 
 def show(what: Table | str) -> None:
     """Prints a table or a line on the console, wide enough for a table where there is no terminal to fit into."""
-    console = Console()
-    (console if console.is_terminal else Console(width=140, soft_wrap=True)).print(what)
+    # not `Console.is_terminal`: FORCE_COLOR, which notebooks set, makes that true of a pipe
+    (Console() if sys.stdout.isatty() else Console(width=140, soft_wrap=True)).print(what)
 
 
 def plot_stages(

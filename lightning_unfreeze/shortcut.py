@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-# torch 2.5 has no public pytree; guarded by `test_batch_form__keeps_the_form_of_the_users_batch`
+# torch 2.6 has no public pytree; guarded by `test_batch_form__keeps_the_form_of_the_users_batch`
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_unfreeze.reporting import plot_stages, report_dir, save_figure, show, table_of, write_csv
 
@@ -86,6 +87,7 @@ class StageJournal:
         write_csv(folder / "stages.csv", rows)
         bands = [(row["stage"], row["first_step"], row["last_step"]) for row in self._rows]
         save_figure(trainer, plot_stages(bands, self._rates, self._metric, metric), "stages")
+        rank_zero_info(f"stages.csv and stages.png: {folder}")
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, in primitives."""

@@ -18,6 +18,7 @@ def name_of(path: Path) -> str:
     return ".".join([OURS, *(part for part in parts if part != "__init__")])
 
 
+DOORS = {OURS, f"{OURS}.study"}  # they export what others define
 BUILT_ON_CALLBACKS = ("plan", "recipe", "range_tests")
 MODULES = {name_of(path): path for path in FILES}
 
@@ -41,7 +42,7 @@ def imports_of(path: Path) -> set[str]:
 
 def ours_in(path: Path) -> set[str]:
     """Our modules that a file imports (a name inside a module counts as the module)."""
-    return {name for name in imports_of(path) if name in MODULES and name != OURS}
+    return {name for name in imports_of(path) if name in MODULES and name not in DOORS}
 
 
 def outer(path: Path) -> set[str]:
@@ -98,7 +99,6 @@ def test_rest__does_not_know_who_is_above() -> None:
 
 
 def test_imports__have_no_cycle() -> None:
-    # the package's door is imported by nobody inside
     arrows = {name: ours_in(path) - {name} for name, path in MODULES.items()}
     done: set[str] = set()
     while len(done) < len(arrows):

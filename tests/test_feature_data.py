@@ -57,6 +57,14 @@ def noise(image: torch.Tensor) -> torch.Tensor:
     return image + torch.randn(3, 8, 8)
 
 
+def coin(image: torch.Tensor) -> torch.Tensor:
+    return image.flip(-1) if torch.rand(1) < 0.5 else image
+
+
+def draws_to_no_effect(image: torch.Tensor) -> torch.Tensor:
+    return image + 0 * torch.rand(1)
+
+
 def double(image: torch.Tensor) -> torch.Tensor:
     return 2 * image
 
@@ -201,6 +209,8 @@ def test_probe_batch__a_collate_function_that_mixes_is_refused(collate):
 def test_probe_batch__random_images_are_refused():
     with pytest.raises(NoStoreError, match="drawn at random"):
         probe_batch(DataLoader(Pictures()), Pictures(transform=noise), 4)
+    with pytest.raises(NoStoreError, match="drawn at random"):  # each image has a coin, which may fall the same way
+        probe_batch(DataLoader(Pictures()), Pictures(transform=coin), 8)
     arrays = [(torch.zeros(3, 2, 2), np.arange(3)) for _ in range(3)]
     probe_batch(DataLoader(arrays), arrays, 4)  # numpy beside the images is no draw
 
@@ -220,6 +230,17 @@ def test_view_batches__are_a_function_of_seed_view_and_row(num_workers):
     some = read([7, 2, 5, 9])
     assert list(some) == [7, 2, 5, 9] and all(torch.equal(some[row], whole[row]) for row in some)
     assert not torch.equal(read([7], view=2)[7], whole[7]) and not torch.equal(read([7], seed=6)[7], whole[7])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_view_batches__view_0_is_read_in_order_and_leaves_the_random_state_alone(num_workers):
+    data = Pictures(transform=draws_to_no_effect)
+    loader = DataLoader(data, batch_size=3, num_workers=num_workers)
+    state = torch.get_rng_state()
+    parts = list(view_batches(loader, data, 5, 0, torch.tensor([7, 2, 5, 9])))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [part.tolist() for part, _ in parts] == [[7, 2, 5], [9]] == [batch[1].tolist() for _, batch in parts]
+    assert torch.equal(torch.cat([images for _, (images, _) in parts]), data.images[[7, 2, 5, 9]])
 
 
 @pytest.fixture

@@ -548,6 +548,55 @@ def test_step__may_enter_the_network_twice_with_one_batch() -> None:
     assert_same_training(freeze(network, "0"), torch.randn(7, 3, 8, 8), lambda m: lambda x: m(x) - 2 * m(x))
 
 
+@pytest.mark.parametrize("writes", [True, False], ids=["in place", "plain"])
+@pytest.mark.parametrize("grad", [True, False], ids=["training", "evaluation"])
+def test_installed_batch__survives_what_writes_in_place_and_is_handed_on_uncopied_elsewhere(
+    writes: bool, grad: bool
+) -> None:
+    """A batch of stored features is checked for changes, so it need not be copied where nothing behind writes."""
+    network = freeze(nn.Sequential(nn.Conv2d(3, 4, 3), Halve() if writes else nn.ReLU(), nn.Conv2d(4, 2, 3)), "0")
+    images = torch.randn(5, 3, 8, 8)
+    prefix = find(network, images)
+    expected, packed = network(images), prefix.pack(prefix.extract(images))
+    before, seen = packed.clone(), []
+    hook = network[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].data_ptr()))
+    with torch.set_grad_enabled(grad):
+        prefix.install(packed)
+        assert all(torch.equal(network(packed), expected) for _ in range(2))
+        prefix.remove()
+    hook.remove()
+    assert torch.equal(packed, before)
+    assert all((pointer == packed.data_ptr()) == (not writes) for pointer in seen)
+    with prefix.replay({"0": packed}) as x:  # a user's own tensor, which nothing watches
+        network(x)
+    assert torch.equal(packed, before)
+
+
+def test_installed_batch__that_is_written_to_only_after_the_search_is_not_read_again() -> None:
+    class Late(nn.Module):
+        late = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mul_(0.5) if self.late else x * 0.5
+
+    network = freeze(nn.Sequential(nn.Conv2d(3, 4, 3), Late(), nn.Conv2d(4, 2, 3)), "0")
+    images = torch.randn(5, 3, 8, 8)
+    prefix = find(network, images)
+    expected, features = network(images), prefix.extract(images)
+    network[1].late = True
+    packed = prefix.pack(features).clone()
+    prefix.install(packed)
+    assert torch.equal(network(packed), expected)
+    with pytest.raises(RuntimeError, match="changes the stored features"):
+        network(packed)
+    prefix.remove()
+    with torch.inference_mode():  # no version to watch: a copy is handed on
+        packed = prefix.pack(features).clone()
+        prefix.install(packed)
+        assert all(torch.equal(network(packed), expected) for _ in range(2))
+        prefix.remove()
+
+
 def test_second_entry__before_the_features_were_read_raises() -> None:
     module = freeze(Module("forward_features"), "backbone")
     images = torch.randn(3, 3, 64, 64)

@@ -121,7 +121,7 @@ class PrecomputeFeatures(StageCallback):
         if self.dtype in _PRECISION:
             rank_zero_info(f"features are stored as {self.dtype}: {_PRECISION[self.dtype]}, half the size of float32")
         # Lightning asks a private source for its loaders, and there is no public way to answer in its place; guarded by
-        # `test_precompute__lightning_asks_for_the_loaders_of_each_stage` (Lightning 2.5 to 2.6)
+        # `test_precompute__lightning_asks_for_the_loaders_of_each_stage` (Lightning 2.6)
         loops: dict[Literal["train", "val"], Any] = {"train": trainer.fit_loop}
         loops["val"] = trainer.fit_loop.epoch_loop.val_loop
         for split, loop in loops.items():

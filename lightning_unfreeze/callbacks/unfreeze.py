@@ -400,9 +400,10 @@ class GradualUnfreeze(StageCallback):
             self._set_rates(trainer, self.run)
         trained = select(self.groups, stage.train)
         count = sum(p.numel() for name in trained for p in self.groups[name].parameters() if p.requires_grad)
+        epochs = f"{stage.num_epochs} epoch{'s' if stage.num_epochs > 1 else ''}"
         rank_zero_info(
             f"stage {self._index + 1}/{len(self.stages)} {stage.name!r}: trains {', '.join(trained)} "
-            f"({count:,} parameters) for {'at most ' if stage.until else ''}{stage.num_epochs} epochs"
+            f"({count:,} parameters) for {'at most ' if stage.until else ''}{epochs}"
         )
 
     def on_train_batch_end(

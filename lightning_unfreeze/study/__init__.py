@@ -3,3 +3,10 @@
 `records` keeps one JSON line per run, `statistics` turns paired runs into intervals and verdicts, `analysis` applies
 it to a study's records, and `plots` and `report` show the outcome together with its limits.
 """
+
+from lightning_unfreeze.study.arms import Arm, Recipe
+from lightning_unfreeze.study.merge import merge_studies
+from lightning_unfreeze.study.result import StudyResult, load_study
+from lightning_unfreeze.study.runner import Study
+
+__all__ = ["Arm", "Recipe", "Study", "StudyResult", "load_study", "merge_studies"]
