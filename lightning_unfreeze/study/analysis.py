@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_unfreeze.study import statistics as st
+from lightning_unfreeze.study.arms import ALL, REFERENCE
 from lightning_unfreeze.study.records import CurvePoint, RunRecord
 
 Axis = Literal["flops", "images", "epochs"]
@@ -34,11 +35,6 @@ OUTCOME_WORDS: dict[st.Outcome, str] = {
     "refuted+": "better",
     "undecided": "undecided",
 }
-ARM_ORDER = (
-    *("full9", "skip3", "skip4", "skip34@epochs", "skip34@images", "skip34@flops", "uniform", "skip34+uniform@flops"),
-    *("gradual", "no_lr_find", "lp_only", "lp_ft", "surgical_first", "surgical_middle", "surgical_last"),
-    *("scratch@images", "scratch@5x", "no_aug"),
-)
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ class StudyInfo:
     margin: float = 1.0
     match: Axis = "flops"
     target_below_best: float = 1.0
-    reference: str = "full9"
+    reference: str = REFERENCE
     arms: tuple[str, ...] = ()
 
     @property
@@ -130,8 +126,7 @@ class Analysis:
                     f"{record.key}): the settings changed in between. Report them apart."
                 )
             runs[record.arm][record.seed] = record
-        known = {arm: rank for rank, arm in enumerate(ARM_ORDER)}
-        self.arms = tuple(sorted(runs, key=lambda arm: (known.get(arm, len(known)), arm)))
+        self.arms = in_order(runs)
         self.runs = {arm: dict(sorted(runs[arm].items())) for arm in self.arms}
 
     @cached_property
@@ -239,6 +234,12 @@ class Analysis:
             np.array([self.runs[name][seed].correct_bits() for seed in seeds]) for name in (arm, self.info.reference)
         )
         return a, b
+
+
+def in_order(arms: Iterable[str]) -> tuple[str, ...]:
+    """Return the arms in the order of the package's own, others behind them by name."""
+    known = {arm: rank for rank, arm in enumerate(ALL)}
+    return tuple(sorted(arms, key=lambda arm: (known.get(arm, len(known)), arm)))
 
 
 def skip_arm(axis: Axis) -> str:

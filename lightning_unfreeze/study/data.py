@@ -11,6 +11,7 @@ from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader, Subset
 
 from lightning_unfreeze.data import ImageDataset, make_transform
+from lightning_unfreeze.datasets import transform_of
 from lightning_unfreeze.loaders import EpochSampler, KeyedDataset, ResumableLoader
 from lightning_unfreeze.seeding import key_to_seed
 
@@ -161,10 +162,7 @@ class StudyData(pl.LightningDataModule):
     @property
     def train_transform(self) -> Any:
         """What is done to a training image; None where the data does not say."""
-        dataset: Any = self._train
-        while hasattr(dataset, "dataset"):
-            dataset = dataset.dataset
-        return getattr(dataset, "transform", None)
+        return transform_of(self._train)
 
     def train_dataloader(self) -> ResumableLoader:
         """Training images of the seed, in an order and under an augmentation keyed by (seed, epoch, index)."""

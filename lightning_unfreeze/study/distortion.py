@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_unfreeze.layer_groups import layer_groups
+from lightning_unfreeze.sandbox import in_eval_mode
 
 _PLACES: dict[int, tuple[int, ...]] = {2: (), 3: (1,), 4: (2, 3)}
 """Dimensions of places by number of dimensions: `(N, C)`, tokens `(N, T, C)`, maps `(N, C, H, W)`."""
@@ -46,7 +47,7 @@ def snapshot(module: nn.Module, loader: DataLoader[Any], num_images: int, networ
     weights = {name: torch.cat([p.detach().flatten().cpu() for p in group]) for name, group in groups.items()}
     rows: dict[str, list[Tensor]] = {}
     device, seen = next(module.parameters()).device, 0
-    with _evaluating(module), _last_outputs(module, network) as outputs, torch.no_grad():
+    with in_eval_mode(module), _last_outputs(module, network) as outputs, torch.no_grad():
         for images, *_ in loader:
             module(images[: num_images - seen].to(device))
             for name, output in outputs.items():
@@ -88,17 +89,6 @@ def linear_cka(a: Tensor, b: Tensor) -> float:
     a, b = a.double() - a.double().mean(0), b.double() - b.double().mean(0)
     scale = (a.T @ a).norm() * (b.T @ b).norm()
     return float((b.T @ a).norm() ** 2 / scale) if scale > 0 else 1.0
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lightning_unfreeze.study import statistics as st
-from lightning_unfreeze.study.analysis import ARM_ORDER, Analysis
+from lightning_unfreeze.study.analysis import Analysis, in_order
 from lightning_unfreeze.study.result import load_study
 
 
@@ -62,7 +62,7 @@ def merge_studies(folders: Sequence[str | os.PathLike[str]], out: str | os.PathL
         raise ValueError(f"got studies with the references {references}: their differences mean different things.")
     effects = _effects(analyses)
     merged = {}
-    for arm in _in_order(effects["arm"].unique()):
+    for arm in in_order(effects["arm"].unique()):
         usable = effects[(effects["arm"] == arm) & (effects["standard_error"] > 0)]
         if len(usable) >= 2:
             merged[arm] = st.merge_effects(usable["difference"].to_numpy(), usable["standard_error"].to_numpy())
@@ -76,11 +76,6 @@ def merge_studies(folders: Sequence[str | os.PathLike[str]], out: str | os.PathL
     if ranking is not None:
         _critical_difference(ranked, ranking).savefig(root / "critical_difference.png", dpi=110)
     return MergedStudy(effects, merged, ranking, ranked, text)
-
-
-def _in_order(arms: Sequence[str]) -> list[str]:
-    known = {arm: rank for rank, arm in enumerate(ARM_ORDER)}
-    return sorted(arms, key=lambda arm: (known.get(arm, len(known)), arm))
 
 
 def _effects(analyses: Sequence[Analysis]) -> pd.DataFrame:
@@ -105,13 +100,13 @@ def _effects(analyses: Sequence[Analysis]) -> pd.DataFrame:
 
 def _rank(analyses: Sequence[Analysis]) -> tuple[tuple[str, ...], st.Ranking | None]:
     """Rank the arms that all data sets have, where there are enough of both."""
-    common = _in_order(list(set.intersection(*(set(analysis.arms) for analysis in analyses))))
+    common = in_order(set.intersection(*(set(analysis.arms) for analysis in analyses)))
     if len(analyses) < st.MIN_DATASETS_RANKING or len(common) < 3:
         return (), None
     means = [
         [float(np.mean([run.acc for run in analysis.runs[arm].values()])) for arm in common] for analysis in analyses
     ]
-    return tuple(common), st.rank_arms(means)
+    return common, st.rank_arms(means)
 
 
 def _text(
@@ -144,7 +139,7 @@ def _text(
         )
     lines += ["", "![Effects per data set and merged](effects.png)", "", f"| arm | {' | '.join(names)} |"]
     lines.append("|---|" + "---|" * len(names))
-    for arm in _in_order(effects["arm"].unique()):
+    for arm in in_order(effects["arm"].unique()):
         cells = [_cell(effects[(effects["arm"] == arm) & (effects["dataset"] == name)]) for name in names]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     left_out = effects[~(effects["standard_error"] > 0)]
@@ -189,7 +184,7 @@ def _cell(rows: pd.DataFrame) -> str:
 
 def _forest(effects: pd.DataFrame, merged: Mapping[str, st.MergedEffect], reference: str) -> Figure:
     """Draw each arm's effect per data set, and the merged one as a diamond."""
-    arms, names = _in_order(effects["arm"].unique()), list(effects["dataset"].unique())
+    arms, names = in_order(effects["arm"].unique()), list(effects["dataset"].unique())
     figure = Figure(figsize=(8, 1.2 + 0.28 * len(arms) * (len(names) + 1)), layout="constrained")
     axes = figure.subplots()
     ticks = []

@@ -20,7 +20,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullLocator
 
 from lightning_unfreeze.study import statistics as st
-from lightning_unfreeze.study.analysis import BUDGETS, OUTCOME_WORDS, Analysis, CostAxis, skip_arm
+from lightning_unfreeze.study.analysis import AXIS_LABEL, BUDGETS, OUTCOME_WORDS, Analysis, CostAxis, skip_arm
 from lightning_unfreeze.study.records import RunRecord
 
 Plot = tuple[Figure, pd.DataFrame]
@@ -145,7 +145,7 @@ def lr_traces(analysis: Analysis) -> Plot | None:
 def forest(analysis: Analysis) -> Plot | None:
     """Draw the paired differences to the reference: interval over seeds thick, over seeds and images thin."""
     blocks = {
-        f"same {name}": [a for a in analysis.comparisons if a.endswith(f"@{axis}")] for axis, name in _BLOCKS.items()
+        f"same {AXIS_LABEL[axis]}": [a for a in analysis.comparisons if a.endswith(f"@{axis}")] for axis in BUDGETS
     }
     blocks["other arms"] = [arm for arm in analysis.comparisons if not any(arm in arms for arms in blocks.values())]
     frame = pd.DataFrame(
@@ -380,7 +380,6 @@ PLOTS = (
     ),
 )
 
-_BLOCKS = {"flops": "FLOPs", "images": "images", "epochs": "unfrozen epochs"}
 _SLOPE_KEY = ((_COLOURS[0], 1, "seed: skipping is better"), (_COLOURS[1], 1, "seed: not better"), ("black", 3, "mean"))
 
 

@@ -160,16 +160,12 @@ class RunLog:
     >>> import tempfile
     >>> log = RunLog(Path(tempfile.mkdtemp()) / "runs.jsonl")
     >>> log.append(RunRecord("k0", "full9", 0, "pets", 0.5, 2, pack_correct([1, 0]), images=8, flops=1e9, seconds=1.0))
-    >>> "k0" in log, [record.arm for record in log.read()]
-    (True, ['full9'])
+    >>> [record.arm for record in log.read()]
+    ['full9']
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-
-    def __contains__(self, key: object) -> bool:
-        """Return whether a run of that key is on disk."""
-        return any(record.key == key for record in self.read())
 
     def read(self) -> list[RunRecord]:
         """Return the finished runs in the order they were written, the first one of each key.

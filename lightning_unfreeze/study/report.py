@@ -297,17 +297,8 @@ def _arm_row(arm: str, runs: Sequence[RunRecord]) -> dict[str, Any]:
         **{
             field: mean(field)
             for field in (
-                *(
-                    "tta_fixed",
-                    "tta_broken",
-                    "nll",
-                    "ece",
-                    "images",
-                    "flops",
-                    "seconds",
-                    "train_seconds",
-                    "eval_seconds",
-                ),
+                *("tta_fixed", "tta_broken", "nll", "ece"),
+                *("images", "flops", "seconds", "train_seconds", "eval_seconds"),
                 *("lr_find_seconds", "peak_memory_bytes", "tuned_lr", "tuning_images", "tuning_flops"),
             )
         },

@@ -449,15 +449,13 @@ class Study:
             register_ray()  # type: ignore[no-untyped-call]
         with joblib.parallel_config(backend=self.backend, n_jobs=self.n_jobs):
             streams = joblib.parallel.get_active_backend()[0].supports_return_generator
-            size = len(tasks) if streams else max(1, joblib.effective_n_jobs(self.n_jobs))
-            for first in range(0, len(tasks), max(1, size)):
-                # a backend that returns all at once gets a few at a time, so that a kill loses but a few
-                parallel = joblib.Parallel(
-                    return_as="generator_unordered" if streams else "list", batch_size=1, pre_dispatch="n_jobs"
-                )
-                yield from parallel(
-                    joblib.delayed(execute)(task, self.bench, self.costs) for task in tasks[first : first + size]
-                )
+            # a backend that returns all at once gets a few at a time, so that a kill loses but a few
+            size = max(1, len(tasks) if streams else joblib.effective_n_jobs(self.n_jobs))
+            returned = "generator_unordered" if streams else "list"
+            with joblib.Parallel(return_as=returned, batch_size=1, pre_dispatch="n_jobs") as parallel:
+                for first in range(0, len(tasks), size):
+                    chunk = tasks[first : first + size]
+                    yield from parallel(joblib.delayed(execute)(task, self.bench, self.costs) for task in chunk)
 
 
 def code_version(package: Path = Path(lightning_unfreeze.__file__).parent) -> str:
