@@ -24,7 +24,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.models._manipulate import group_parameters
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 from lightning_unfreeze.frozen_prefix import FrozenPrefix, find_prefix

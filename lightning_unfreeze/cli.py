@@ -162,14 +162,20 @@ def _write_predictions(cli: UnfreezeCLI) -> None:
         getattr(cli.datamodule.predict_dataloader(), "dataset", None),
     )
     files = getattr(dataset, "targets", None)
-    if not files or not batches or not cli.trainer.is_global_zero:
+    if not files or not batches:
         return
+    if cli.trainer.world_size > 1:
+        raise MisconfigurationException(
+            f"each of {cli.trainer.world_size} processes predicted a share of the images, and predictions.csv takes "
+            "all in their order; predict with --trainer.devices 1"
+        )
     probs = torch.cat([batch["probs"] if isinstance(batch, dict) else batch for batch in batches])
     names = getattr(cli.model, "class_names", None) or [str(index) for index in range(probs.shape[1])]
     best, classes = probs.max(dim=1)
     rows = [
         {"file": str(file), "class": names[label], "probability": round(prob, 6)}
-        for file, label, prob in zip(files, classes.tolist(), best.tolist(), strict=True)
+        # the first ones, under `limit_predict_batches`
+        for file, label, prob in zip(files[: len(probs)], classes.tolist(), best.tolist(), strict=True)
     ]
     path = Path(cli.trainer.log_dir or cli.trainer.default_root_dir) / "predictions.csv"
     write_csv(path, rows)

@@ -305,10 +305,11 @@ class ImageFolderData(_ClassificationData):
         if self.corrupt == "error":
             return files
         with ThreadPoolExecutor() as pool:
-            broken = [file for file, bad in zip(files, pool.map(_is_broken, files), strict=True) if bad]
-        if broken:
-            rank_zero_warn(f"Skipped {len(broken)} of {len(files)} files that are no images, the first is {broken[0]}.")
-        return [file for file in files if file not in set(broken)]
+            broken = list(pool.map(_is_broken, files))
+        if any(broken):
+            first = files[broken.index(True)]
+            rank_zero_warn(f"Skipped {sum(broken)} of {len(files)} files that are no images, the first is {first}.")
+        return [file for file, is_broken in zip(files, broken, strict=True) if not is_broken]
 
     def _how_to_get(self, split: str) -> str:
         if split == "predict":

@@ -95,8 +95,8 @@ def _callables_fingerprint(dataset: Any) -> str:
     """Fingerprint of the transforms, target transforms, image readers a dataset and those it wraps have."""
     return fingerprint_of(
         callables=[
-            [depth, name, transform_fingerprint(value)]
-            for depth, each in enumerate(nested_datasets(dataset))
+            [level, name, transform_fingerprint(value)]
+            for level, each in enumerate(nested_datasets(dataset))
             for name, value in sorted(getattr(each, "__dict__", {}).items())
             if callable(value) or (isinstance(value, list | tuple) and value and all(map(callable, value)))
         ]

@@ -207,16 +207,16 @@ class StoreLayout:
     def _file_bytes(self, name: str) -> int:
         return self.num_views * self.num_rows * self.tensors[name].row_bytes
 
-    def _flat_rows(self, rows: Tensor, view: int | Tensor) -> npt.NDArray[np.int64]:
+    def _flat_rows(self, rows: Tensor, view: int) -> npt.NDArray[np.int64]:
         """Row numbers in the file, `view * N + row`, checked: a row past the end would lie in the next view."""
         if rows.ndim != 1 or rows.dtype != torch.int64:
             raise ValueError(
                 f"rows must be a one-dimensional int64 tensor, got {rows.dtype} of shape {tuple(rows.shape)}."
             )
-        for name, value, size in (("rows", rows, self.num_rows), ("view", torch.as_tensor(view), self.num_views)):
+        for name, value, size in (("rows", rows, self.num_rows), ("view", torch.tensor([view]), self.num_views)):
             if value.numel() and not 0 <= int(value.min()) <= int(value.max()) < size:
                 raise IndexError(f"{name} {int(value.min())}..{int(value.max())} outside of 0..{size - 1}.")
-        flat: npt.NDArray[np.int64] = (torch.as_tensor(view, dtype=torch.int64) * self.num_rows + rows).cpu().numpy()
+        flat: npt.NDArray[np.int64] = (view * self.num_rows + rows).cpu().numpy()
         return flat
 
 
@@ -554,11 +554,10 @@ class FeatureStore:
     Attributes:
         directory: Where it lies.
         layout: What it holds.
-        created: When it was finished, ISO 8601 in UTC.
     """
 
-    def __init__(self, directory: Path, layout: StoreLayout, created: str) -> None:
-        self.directory, self.layout, self.created = directory, layout, created
+    def __init__(self, directory: Path, layout: StoreLayout) -> None:
+        self.directory, self.layout = directory, layout
         self._mapped: dict[str, npt.NDArray[np.uint8]] = {}
         self._descriptors: dict[str, int] = {}
         for name, path in layout._files(directory).items():
@@ -584,6 +583,7 @@ class FeatureStore:
 
         Raises:
             StoreError: The store is absent, unfinished, of something else, or damaged.
+            ValueError: For another `verify`.
         """
         if verify not in ("sampled", "full"):
             raise ValueError(f"verify={verify!r}: choose 'sampled' or 'full'.")
@@ -599,19 +599,19 @@ class FeatureStore:
                 _verify(
                     path, layout._file_bytes(name), manifest["chunk_bytes"], manifest["chunk_checksums"][name], verify
                 )
-            store = cls(directory, layout, manifest["created"])
+            store = cls(directory, layout)
         except OSError as error:
             raise StoreError(f"The feature store in {directory} cannot be read: {error}.") from error
         with suppress(OSError):  # a store in a folder that cannot be written to has no last use
             os.utime(directory / "manifest.json")
         return store
 
-    def read(self, rows: Tensor, view: int | Tensor = 0) -> dict[str, Tensor]:
+    def read(self, rows: Tensor, view: int = 0) -> dict[str, Tensor]:
         """Read a batch, at about the speed of RAM; larger stores than 512 MiB take about 1 microsecond per row more.
 
         Args:
             rows: int64 `(B,)`, in any order, repeats allowed.
-            view: One view for all rows, or int64 `(B,)`, one for each.
+            view: Number of the view.
 
         Returns:
             Name to `(B, *row)` in the stored dtype (a cast is the caller's): new memory on the CPU, in the memory

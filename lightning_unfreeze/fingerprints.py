@@ -12,7 +12,7 @@ import re
 import sys
 import sysconfig
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from lightning_unfreeze.seeding import keyed_rng
+
+_MAX_SAMPLES = 64
 
 
 def canonical_json(content: object) -> bytes:
@@ -195,42 +197,36 @@ def _names(code: types.CodeType) -> list[str]:
     return sorted({*code.co_names, *(name for names in inner for name in names)})
 
 
-def dataset_fingerprint(
-    dataset: Any, indices: Sequence[int] | None = None, *, max_samples: int = 64, fingerprint: str | None = None
-) -> str:
+def dataset_fingerprint(dataset: Any, fingerprint: str | None = None) -> str:
     """Fingerprint of what a dataset is, without reading all of it. Its transforms are not part of it.
 
     Looks at the class and the attributes of the dataset and of those it wraps (`.dataset`, `.datasets`, `.reader`):
     numbers and strings; lists and arrays with one entry per item (targets, indices of a subset, arrays of images) and
     lists of arrays, in full; and where such a list names files (`.samples`, `.imgs`, ...), each file's size and
-    modification time. Where no files are named, `max_samples` items spread over the dataset are hashed as well, drawn
-    with fixed random numbers.
+    modification time. Where no files are named, 64 items spread over the dataset are hashed as well, drawn with fixed
+    random numbers.
 
     Limits: a file rewritten with equal size and time is not seen; nor is, where no files are named, a change of an item
     that is neither in an array nor in the sample. Give `fingerprint` then.
 
     Args:
         dataset: A map-style dataset.
-        indices: The items used, in order, if not all of them.
-        max_samples: Number of items hashed where no files are named.
-        fingerprint: The user's own word for what the data is; nothing else is looked at then but `indices`.
+        fingerprint: The user's own word for what the data is; nothing else is looked at then.
 
     Raises:
         ValueError: The dataset has no length, and no fingerprint is given.
     """
-    chosen = None if indices is None else _array_digest(np.asarray(indices, dtype=np.int64))
     if fingerprint is not None:
-        return fingerprint_of(given=fingerprint, indices=chosen)
+        return fingerprint_of(given=fingerprint)
     if not hasattr(dataset, "__len__"):
         raise ValueError(f"{type(dataset).__name__} has no length and cannot be told from others: give a fingerprint.")
     parts, names_files = _dataset_parts(dataset)
     if not names_files:
-        used = np.arange(len(dataset)) if indices is None else np.asarray(indices, dtype=np.int64)
-        spread = np.unique(np.linspace(0, len(used) - 1, min(max_samples, len(used))).round().astype(np.int64))
-        for index in used[spread].tolist():
+        spread = np.linspace(0, len(dataset) - 1, min(_MAX_SAMPLES, len(dataset))).round().astype(np.int64)
+        for index in np.unique(spread).tolist():
             with keyed_rng("dataset_fingerprint", index):
                 parts.append([index, _Description().of(dataset[index])])
-    return fingerprint_of(dataset=parts, indices=chosen)
+    return fingerprint_of(dataset=parts)
 
 
 def _dataset_parts(dataset: Any) -> tuple[list[Any], bool]:

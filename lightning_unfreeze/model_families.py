@@ -18,9 +18,9 @@ HEAD = "head"
 Matcher = Mapping[str, Any] | Callable[[str], float]
 
 _BACKBONE_END = 99999  # timm's mark for "with the group before", as in its own matchers
-_FOUR_STAGES_WITH_DOWNSAMPLING = {
+_FOUR_GROUPS_WITH_DOWNSAMPLING = {
     "stem": r"^features\.0\.",
-    "stages": [
+    "blocks": [
         (r"^features\.1\.", (1,)),
         (r"^features\.[23]\.", (2,)),
         (r"^features\.[45]\.", (3,)),
@@ -29,24 +29,24 @@ _FOUR_STAGES_WITH_DOWNSAMPLING = {
 }
 # torchvision has no `group_matcher`: the same patterns for its classifiers, in the form that timm reads
 _TORCHVISION_MATCHERS: dict[str, Mapping[str, Any]] = {
-    "ConvNeXt": _FOUR_STAGES_WITH_DOWNSAMPLING,
+    "ConvNeXt": _FOUR_GROUPS_WITH_DOWNSAMPLING,
     "DenseNet": {
         "stem": r"^features\.(?:conv|norm)0",
-        "stages": r"^features\.(?:denseblock|transition)(\d+)",
+        "blocks": r"^features\.(?:denseblock|transition)(\d+)",
     },
     "EfficientNet": {
         "stem": r"^features\.0\.",
         # parameters two levels down are those of the last 1x1 convolution
-        "stages": [(r"^features\.\d+\.\d+\.\w+$", (_BACKBONE_END,)), (r"^features\.(\d+)\.", None)],
+        "blocks": [(r"^features\.\d+\.\d+\.\w+$", (_BACKBONE_END,)), (r"^features\.(\d+)\.", None)],
     },
-    "GoogLeNet": {"stem": r"^conv\d", "stages": r"^inception(\d)"},
-    "Inception3": {"stem": r"^Conv2d_", "stages": r"^Mixed_(\d)"},
-    "MaxVit": {"stem": r"^stem", "stages": r"^blocks\.(\d+)"},
-    "MNASNet": {"stem": r"^layers\.[0-7]\.", "stages": r"^layers\.(8|9|10|11|12|13)\."},
-    "RegNet": {"stem": r"^stem", "stages": r"^trunk_output\.block(\d+)"},
-    "ResNet": {"stem": r"^(?:conv1|bn1)\.", "stages": r"^layer(\d+)"},
-    "ShuffleNetV2": {"stem": r"^conv1\.", "stages": r"^stage(\d+)"},
-    "SwinTransformer": _FOUR_STAGES_WITH_DOWNSAMPLING,
+    "GoogLeNet": {"stem": r"^conv\d", "blocks": r"^inception(\d)"},
+    "Inception3": {"stem": r"^Conv2d_", "blocks": r"^Mixed_(\d)"},
+    "MaxVit": {"stem": r"^stem", "blocks": r"^blocks\.(\d+)"},
+    "MNASNet": {"stem": r"^layers\.[0-7]\.", "blocks": r"^layers\.(8|9|10|11|12|13)\."},
+    "RegNet": {"stem": r"^stem", "blocks": r"^trunk_output\.block(\d+)"},
+    "ResNet": {"stem": r"^(?:conv1|bn1)\.", "blocks": r"^layer(\d+)"},
+    "ShuffleNetV2": {"stem": r"^conv1\.", "blocks": r"^stage(\d+)"},
+    "SwinTransformer": _FOUR_GROUPS_WITH_DOWNSAMPLING,
     "VisionTransformer": {
         "stem": r"^class_token|^conv_proj|^encoder\.pos_embedding",
         "blocks": r"^encoder\.layers\.encoder_layer_(\d+)",
@@ -71,9 +71,9 @@ def matcher_of(network: nn.Module) -> Matcher | None:
             if cls.__name__ in _TORCHVISION_MATCHERS:
                 return _TORCHVISION_MATCHERS[cls.__name__]
             if cls.__name__ in _TORCHVISION_SPLIT_AT_POOLING:
-                return _split_features(network, _starts_stage_after_pooling)
+                return _split_features(network, _starts_group_after_pooling)
             if cls.__name__ in _TORCHVISION_SPLIT_AT_WIDTH:
-                return _split_features(network, _starts_stage_at_new_width)
+                return _split_features(network, _starts_group_at_new_width)
     return None
 
 
@@ -89,16 +89,16 @@ def _timm_matcher(network: nn.Module) -> Matcher:
 
 
 def _match_child_order(network: nn.Module) -> Matcher:
-    """A matcher from the order of the children, where the one list of stages, if there is just one, is opened.
+    """A matcher from the order of the children, where the one list of blocks, if there is just one, is opened.
 
     A single layer goes with what is before it; the first ones, and parameters of the network itself, are the stem.
     """
     heads = _head_children(network)
-    body = {n: c for n, c in network.named_children() if has_parameters(c) and n not in heads}
-    lists = [name for name, child in body.items() if isinstance(child, nn.Sequential | nn.ModuleList)]
+    backbone = {n: c for n, c in network.named_children() if has_parameters(c) and n not in heads}
+    lists = [name for name, child in backbone.items() if isinstance(child, nn.Sequential | nn.ModuleList)]
     ordinals: dict[str, int] = {}
     ordinal = 0
-    for name, child in body.items():
+    for name, child in backbone.items():
         parts = [f"{name}.{inner}" for inner, _ in child.named_children()] if [name] == lists else [name]
         single_layer = not any(has_parameters(grandchild) for grandchild in child.children())
         for part in parts:
@@ -114,26 +114,26 @@ def _match_child_order(network: nn.Module) -> Matcher:
     return matcher
 
 
-def _split_features(network: nn.Module, starts_stage: Callable[[nn.Module, nn.Module], bool]) -> Matcher:
-    """A matcher for `network.features`, split where a stage starts: `starts_stage(previous layer, layer)`."""
+def _split_features(network: nn.Module, starts_group: Callable[[nn.Module, nn.Module], bool]) -> Matcher:
+    """A matcher for `network.features`, split where a layer group starts: `starts_group(previous layer, layer)`."""
     layers = list(network.features)  # type: ignore[arg-type]
-    stage_of = {"0": 0}
+    group_of = {"0": 0}
     for index, (previous, layer) in enumerate(pairwise(layers), start=1):
-        stage_of[str(index)] = stage_of[str(index - 1)] + starts_stage(previous, layer)
+        group_of[str(index)] = group_of[str(index - 1)] + starts_group(previous, layer)
 
     def matcher(name: str) -> float:
         parts = name.split(".")
-        return stage_of[parts[1]] if parts[0] == "features" else float("inf")
+        return group_of[parts[1]] if parts[0] == "features" else float("inf")
 
     return matcher
 
 
-def _starts_stage_after_pooling(previous: nn.Module, layer: nn.Module) -> bool:
+def _starts_group_after_pooling(previous: nn.Module, layer: nn.Module) -> bool:
     return isinstance(previous, nn.MaxPool2d)
 
 
-def _starts_stage_at_new_width(previous: nn.Module, layer: nn.Module) -> bool:
-    """Stages of a MobileNet are its runs of equal width; the last convolution goes with the last of them."""
+def _starts_group_at_new_width(previous: nn.Module, layer: nn.Module) -> bool:
+    """Layer groups of a MobileNet are its runs of equal width; the last convolution goes with the last of them."""
     if not hasattr(layer, "use_res_connect"):
         return False
     return not hasattr(previous, "use_res_connect") or layer.out_channels != previous.out_channels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from inspect import signature
@@ -88,6 +89,7 @@ class Probe(GradualUnfreeze):
         The user's callbacks and loggers would act on, and write about, a run that is none.
         """
         user = self.user_trainer
+        limit = user.limit_train_batches
         trainer = pl.Trainer(
             accelerator=user.strategy.root_device.type,
             devices=1,
@@ -99,7 +101,7 @@ class Probe(GradualUnfreeze):
             enable_model_summary=False,
             num_sanity_val_steps=0,
             limit_val_batches=0,
-            limit_train_batches=None if user.limit_train_batches == 1.0 else user.limit_train_batches,
+            limit_train_batches=None if isinstance(limit, float) and limit == 1 else limit,  # 1 is a single batch
             **options,
         )
         trainer.fit(self.user_module, datamodule=datamodule)
@@ -122,6 +124,11 @@ class _PlanProbe(Probe):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measures every stage."""
         loader: Any = trainer.train_dataloader
+        if math.isinf(trainer.num_training_batches):
+            raise MisconfigurationException(
+                "the training data has no length, so an epoch has no cost; set Trainer(limit_train_batches=...) to the "
+                "number of batches of an epoch"
+            )
         batch = batch_on_device(trainer, pl_module, next(iter(loader)))
         batches = int(trainer.num_training_batches)
         images = len(loader.dataset) if hasattr(loader, "dataset") else 0
@@ -150,8 +157,8 @@ class _PlanProbe(Probe):
             "epochs": stage.num_epochs,
             "schedule": _schedule(stage),
             "images": images * stage.num_epochs,
-            "GFLOPs": round(step_flops * batches * passes / 1e9, 3),
-            "minutes": round(step_seconds * batches * passes / 60, 4),
+            "GFLOPs": step_flops * batches * passes / 1e9,
+            "minutes": step_seconds * batches * passes / 60,
         }
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> tuple[int, int, float]:

@@ -34,6 +34,12 @@ def report_dir(trainer: pl.Trainer) -> Path | None:
     return None
 
 
+def is_due_to_log(trainer: pl.Trainer) -> bool:
+    """Whether there are loggers, and the Trainer's own metrics would be logged at this step."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return bool(trainer.loggers) and every > 0 and trainer.global_step % every == 0
+
+
 def save_figure(trainer: pl.Trainer, figure: Figure, name: str) -> Path | None:
     """Saves `figure` as `{name}.png` in the report folder and hands it to loggers that take figures.
 

@@ -70,6 +70,19 @@ def sandbox(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None
     rebuild_ddp(trainer)  # a collective call: not after an error, which may be that of one rank alone
 
 
+@contextmanager
+def in_eval_mode(*roots: nn.Module) -> Iterator[None]:
+    """Puts modules in eval mode with all that is inside them, and every part back in its own mode after it."""
+    modes = [(part, part.training) for root in roots for part in root.modules()]
+    for root in roots:
+        root.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
 def step_arguments(step: Callable[..., Any], batch: Any, batch_idx: int) -> tuple[Any, ...]:
     """What Lightning calls a module's step with: the index only where the step takes it."""
     return (batch, batch_idx) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else (batch,)

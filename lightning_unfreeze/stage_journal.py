@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_unfreeze.reporting import plot_stages, report_dir, save_figure, show, table_of, write_csv
+from lightning_unfreeze.reporting import is_due_to_log, plot_stages, report_dir, save_figure, show, table_of, write_csv
 
 _CURVE_POINTS_PER_EPOCH = 50
 
@@ -30,8 +30,7 @@ class StageJournal:
         """Keeps the rates of what trains for the picture, and logs them with the stage as often as the Trainer logs."""
         step = trainer.global_step
         every = max(1, int(min(trainer.num_training_batches, 1e6)) // _CURVE_POINTS_PER_EPOCH)
-        log_every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        to_log = log_every > 0 and step % log_every == 0
+        to_log = is_due_to_log(trainer)
         if batch_idx % every and not to_log:
             return
         rates: dict[str, float] = {}

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from lightning_unfreeze.distributed import gather_objects
 from lightning_unfreeze.logits_spy import NetworkCall
 from lightning_unfreeze.random_views import DrawingLoader
-from lightning_unfreeze.tta_result import SHEET_IMAGES, decisions, thumbnail
+from lightning_unfreeze.tta_result import SHEET_IMAGES, decisions, flipped_rows, thumbnail
 from lightning_unfreeze.views import Activation
 
 
@@ -61,8 +61,7 @@ class LoaderPass:
         before, after = (decisions(rows[part], self.activation) == rows["target"] for part in ("plain", "merged"))
         for kind, flipped in (("fixed", after & ~before), ("broken", before & ~after)):
             kept = self.sheet[kind]  # type: ignore[index]
-            flipped_rows = flipped.reshape(len(flipped), -1).any(1).nonzero().flatten().tolist()
-            for row in flipped_rows[: SHEET_IMAGES - len(kept)]:
+            for row in flipped_rows(flipped)[: SHEET_IMAGES - len(kept)]:
                 kept[int(rows["index"][row])] = thumbnail(images[row])
 
     def whole_set(self, trainer: pl.Trainer) -> dict[str, Tensor] | None:

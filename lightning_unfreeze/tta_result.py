@@ -160,8 +160,8 @@ def plot_flips(result: TTAResult, images: Mapping[int, Tensor], classes: Sequenc
     shown = flips.argsort(descending=True, stable=True)[:_PLOTTED_CLASSES]
 
     sheet = {
-        "fixed": [row for row in _flipped_rows(fixed) if int(result.index[row]) in images][:SHEET_IMAGES],
-        "broken": [row for row in _flipped_rows(broken) if int(result.index[row]) in images][:SHEET_IMAGES],
+        "fixed": [row for row in flipped_rows(fixed) if int(result.index[row]) in images][:SHEET_IMAGES],
+        "broken": [row for row in flipped_rows(broken) if int(result.index[row]) in images][:SHEET_IMAGES],
     }
     figure = Figure(figsize=(13, max(4.2, 1.4 + 0.34 * len(shown))), layout="constrained")
     halves: Any = figure.subfigures(1, 2, width_ratios=(1, 1.7))
@@ -210,7 +210,8 @@ def plot_flips(result: TTAResult, images: Mapping[int, Tensor], classes: Sequenc
     return figure
 
 
-def _flipped_rows(flipped: Tensor) -> list[int]:
+def flipped_rows(flipped: Tensor) -> list[int]:
+    """The samples with a flip: of `(N,)`, or in any label of `(N, C)`."""
     return flipped.reshape(len(flipped), -1).any(1).nonzero().flatten().tolist()
 
 

@@ -7,9 +7,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from PIL import Image
 
 from lightning_unfreeze.cli import main
@@ -230,6 +232,41 @@ def test_plan__counts_flops_and_parameters_as_arithmetic_does(tmp_path: Path) ->
     assert 2.5 < full["GFLOPs"] / 3 / forward_gflops < 3.0
 
 
+def test_plan__costs_what_the_limit_on_batches_lets_through(tmp_path: Path) -> None:
+    from lightning_unfreeze import DigitsData, GradualUnfreeze, Stage, TransferClassifier
+    from lightning_unfreeze.plan import plan_rows
+    from tests.conftest import quiet_trainer
+
+    module = TransferClassifier("digits_resnet", num_classes=5, pretrained=False)
+
+    def gflops(**limit: float) -> float:
+        trainer = quiet_trainer([GradualUnfreeze([Stage("head", train="head", epochs=1)])], **limit)
+        return float(plan_rows(trainer, module, DigitsData(batch_size=10))[0]["GFLOPs"])
+
+    assert gflops(limit_train_batches=1) == pytest.approx(gflops() / 5)
+    assert gflops(limit_train_batches=1.0) == gflops() > 0
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_plan__of_data_without_a_length_is_refused() -> None:
+    from lightning_unfreeze import GradualUnfreeze, Stage
+    from lightning_unfreeze.plan import plan_rows
+    from tests.conftest import UserModule, quiet_trainer
+
+    class Endless(torch.utils.data.IterableDataset[object]):
+        def __iter__(self) -> object:  # type: ignore[override]
+            while True:
+                yield torch.zeros(3, 12, 12), 0
+
+    class Data(pl.LightningDataModule):
+        def train_dataloader(self) -> object:
+            return torch.utils.data.DataLoader(Endless(), batch_size=2)
+
+    trainer = quiet_trainer([GradualUnfreeze([Stage("full", epochs=1)])])
+    with pytest.raises(MisconfigurationException, match=r"no length.*limit_train_batches"):
+        plan_rows(trainer, UserModule(), Data())
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_quickstart__fits_then_tests_and_predicts(
@@ -246,3 +283,10 @@ def test_quickstart__fits_then_tests_and_predicts(
     rows = list(csv.DictReader(predictions.read_text().splitlines()))
     right = sum(row["file"].startswith(f"digit {row['class']},") for row in rows)
     assert right / len(rows) == pytest.approx(accuracy, abs=0.03)
+    predictions.unlink()
+    one_batch = ["--trainer.limit_predict_batches=1", *TINY]
+    main(["predict", "--config", str(CONFIGS / "quickstart.yaml"), f"--ckpt_path={checkpoint}", *one_batch])
+    (predictions,) = Path("runs").rglob("predictions.csv")
+    first = list(csv.DictReader(predictions.read_text().splitlines()))
+    assert [row["file"] for row in first] == [row["file"] for row in rows[: len(first)]]
+    assert 0 < len(first) < len(rows)

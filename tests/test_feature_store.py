@@ -112,9 +112,6 @@ def test_store__reads_what_was_written_in_every_dtype_and_order(tmp_path, monkey
         batch = store.read(rows, view)["features"]
         assert batch.dtype == dtype
         assert torch.equal(batch, features(rows, view, dtype))
-    views = torch.tensor([0, 1, 0, 1, 1])
-    mixed = torch.cat([features(rows[i : i + 1], int(views[i]), dtype) for i in range(5)])
-    assert torch.equal(store.read(rows, views)["features"], mixed)
     assert store.read(torch.empty(0, dtype=torch.int64))["features"].shape == (0, D)
 
 

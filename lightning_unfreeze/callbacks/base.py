@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_unfreeze.stages import MAX_STAGE_EPOCHS, Stage
 
@@ -23,6 +23,7 @@ class StageRun:
         start_epoch: The Trainer's `current_epoch` at the stage's first batch.
         start_step: The Trainer's `global_step` (optimizer steps) at the stage's first batch.
         resumed: True where the run was resumed inside the stage, so that its start lies in another process.
+        restaged: True where another plan starts the stage anew, from a checkpoint that was written inside it.
         planned: False for the single stage of a fit without `GradualUnfreeze`: then `stage` asks for nothing, and a
             callback does what it was attached for.
         later: The stages after this one.
@@ -33,6 +34,7 @@ class StageRun:
     start_epoch: int
     start_step: int
     resumed: bool = False
+    restaged: bool = False
     planned: bool = True
     later: tuple[Stage, ...] = ()
 
@@ -52,6 +54,7 @@ class StageCallback(Callback):
     Attributes:
         order: Place in the fixed order in which a stage start is announced (lower is earlier); the order of the
             Trainer's list of callbacks does not matter.
+        writes_rates: Whether it sets learning rates, so that a scheduler of the module's would be a second writer.
         run: The stage that was announced last; None outside of fitting.
     """
 
@@ -177,6 +180,14 @@ def players(trainer: pl.Trainer) -> list[StageCallback]:
     """The stage callbacks of `trainer` in the order in which a stage start is announced to them."""
     found = [callback for callback in trainer.callbacks if isinstance(callback, StageCallback)]  # type: ignore[attr-defined]
     return sorted(found, key=lambda player: player.order)
+
+
+def set_lr(group: dict[str, Any], rate: float) -> None:
+    """Writes the rate of a param group; into a tensor in place, since a compiled optimizer holds it."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def leader(trainer: pl.Trainer) -> StageCallback:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_unfreeze.callbacks.base import StageCallback, players
+from lightning_unfreeze.callbacks.base import StageCallback, players, set_lr
 from lightning_unfreeze.reporting import progress_bar, report_dir, save_figure, write_csv
 from lightning_unfreeze.sandbox import batch_on_device, sandbox, training_loss
 from lightning_unfreeze.schedules import SuggestionMethod, debiased_ema, diverged, exponential_ramp, suggest_lr
@@ -162,7 +162,8 @@ class LRFinderPerStage(StageCallback):
         """Runs the range test, unless the stage has a rate, or was resumed and so has one already."""
         if self.run is None or self.run.resumed or (self.run.planned and stage.lr != "find"):
             return
-        if stage.name not in self.results:
+        # kept results are those of a checkpoint that was written after the test and before the first step
+        if self.run.restaged or stage.name not in self.results:
             self.results[stage.name] = self.range_test(trainer, pl_module, stage.name)
             if trainer.is_global_zero:
                 self._show(trainer, stage.name)
@@ -179,7 +180,7 @@ class LRFinderPerStage(StageCallback):
             optimizer = trainer.optimizers[0]
             for group, ratio in zip(optimizer.param_groups, _peak_ratios(optimizer), strict=True):
                 group["peak_lr"] = result.suggestion * ratio
-                _set_lr(group, group["peak_lr"])
+                set_lr(group, group["peak_lr"])
             rank_zero_info(f"stage {stage.name!r}: learning rate {result.suggestion:.3g} by range test ({self.method})")
 
     def range_test(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> RangeTest:
@@ -205,7 +206,7 @@ class LRFinderPerStage(StageCallback):
         ):
             for rate in exponential_ramp(self.min_lr, self.max_lr, self.num_steps).tolist():
                 for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
-                    _set_lr(group, rate * ratio)
+                    set_lr(group, rate * ratio)
                 loss = _optimizer_step(trainer, pl_module, batches, around)
                 advance(1)
                 if loss is None:
@@ -271,13 +272,6 @@ def _peak_ratios(optimizer: torch.optim.Optimizer) -> list[float]:
     peaks = [float(group.get("peak_lr", group["lr"])) for group in optimizer.param_groups]
     highest = max(peaks)
     return [peak / highest if highest > 0 else 1.0 for peak in peaks]
-
-
-def _set_lr(group: dict[str, Any], rate: float) -> None:
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(rate)
-    else:
-        group["lr"] = rate
 
 
 @contextmanager

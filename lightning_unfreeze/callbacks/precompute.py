@@ -14,7 +14,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
 from torch.utils.data import DataLoader, SequentialSampler
 
 from lightning_unfreeze.batch_form import BatchForm, NoStoreError
@@ -32,7 +31,7 @@ from lightning_unfreeze.feature_data import (
 from lightning_unfreeze.feature_pass import FeaturePass, StoredData, ViewedData, seconds, together
 from lightning_unfreeze.feature_store import StoreDtype, prune
 from lightning_unfreeze.frozen_prefix import FrozenPrefix
-from lightning_unfreeze.sandbox import batch_on_device, sandbox
+from lightning_unfreeze.sandbox import batch_on_device, in_eval_mode, sandbox
 from lightning_unfreeze.seeding import keyed_rng
 from lightning_unfreeze.shortcut import Shortcut, check_step, find_shortcut, installed
 from lightning_unfreeze.stages import Stage
@@ -115,6 +114,7 @@ class PrecomputeFeatures(StageCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Asks to be asked for the loaders; says what a lower precision costs."""
+        super().setup(trainer, pl_module, stage)
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._decided = {}
@@ -145,7 +145,8 @@ class PrecomputeFeatures(StageCallback):
             return loader  # a resumed run goes on as it began, whatever a clock or a disk says today
         frozen = head.frozen_roots()
         try:
-            with self._shortcuts_removed(), _in_eval_mode(trainer.lightning_module, frozen):
+            # the loaders are asked for before the frozen modules are put in eval mode for training
+            with self._shortcuts_removed(), in_eval_mode(*frozen):
                 stored = self._stored_data(trainer, run, split, loader)
         except NoStoreError as reason:
             stored = None
@@ -171,7 +172,7 @@ class PrecomputeFeatures(StageCallback):
             NoStoreError: If there can be none, on all ranks alike.
         """
         module = trainer.lightning_module
-        if split == "val" and trainer.limit_val_batches != 1.0:
+        if split == "val" and (isinstance(trainer.limit_val_batches, int) or trainer.limit_val_batches < 1):
             return None  # the pass would read images that are never looked at
         data = together(trainer, lambda: self._viewed_data(trainer, run, split, loader))
         with sandbox(trainer, module), torch.enable_grad():
@@ -466,16 +467,3 @@ def _ask_for_loaders_again(trainer: pl.Trainer) -> None:
 def _same_everywhere(trainer: pl.Trainer, prefix: FrozenPrefix) -> None:
     if len(set(gather_objects(trainer, (prefix.boundary, tuple(prefix.shapes))))) > 1:
         raise NoStoreError("the ranks found different boundaries")
-
-
-@contextmanager
-def _in_eval_mode(module: nn.Module, roots: list[nn.Module]) -> Iterator[None]:
-    """The loaders are asked for before the frozen modules are put in eval mode for training."""
-    modes = [(part, part.training) for part in module.modules()]
-    for root in roots:
-        root.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training

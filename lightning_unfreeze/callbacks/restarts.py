@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningR
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_unfreeze.callbacks.base import StageCallback
-from lightning_unfreeze.reporting import report_dir
+from lightning_unfreeze.callbacks.base import StageCallback, set_lr
+from lightning_unfreeze.reporting import is_due_to_log, report_dir
 from lightning_unfreeze.schedules import (
     cosine_restarts,
     cycle_at,
@@ -173,6 +173,7 @@ class CosineRestarts(StageCallback):
             _need_validation_at_epoch_end(trainer, stage)
         if not self.run.resumed:
             self._best_weights = self._value = None
+            self.cycle_values.pop(stage.name, None)  # of the plan before, where the stage was restaged
         self._write(trainer)
 
     # --- the schedule ----------------------------------------------------------------------------------------------
@@ -246,11 +247,7 @@ class CosineRestarts(StageCallback):
         momentum = None if self.momentum is None else cycling_momentum(multiplier, *self.momentum)
         for group in trainer.optimizers[0].param_groups:
             # a group that was added late has its own rate as its peak
-            rate = group.setdefault("peak_lr", float(group["lr"])) * multiplier
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+            set_lr(group, group.setdefault("peak_lr", float(group["lr"])) * multiplier)
             if momentum is not None and "betas" in group:
                 group["betas"] = (momentum, *group["betas"][1:])
             elif momentum is not None:
@@ -270,7 +267,7 @@ class CosineRestarts(StageCallback):
         if self.run is None or trainer.global_step == self._last_step:  # inside an accumulation window
             return
         self._last_step = trainer.global_step
-        to_log = trainer.loggers and trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        to_log = is_due_to_log(trainer)
         done = trainer.global_step - self.run.start_step
         cycle = self.cycle(done - 1) if to_log or self.save_snapshots else None
         if cycle is not None:

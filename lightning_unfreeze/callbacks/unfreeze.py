@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_unfreeze.callbacks.base import StageCallback, StageRun, players
+from lightning_unfreeze.callbacks.base import StageCallback, StageRun, players, set_lr
 from lightning_unfreeze.distributed import (
     broadcast_buffers,
     gather_objects,
@@ -254,9 +254,16 @@ class GradualUnfreeze(StageCallback):
     def current_run(self, trainer: pl.Trainer) -> StageRun:
         """The stage of the coming epoch, and where it started."""
         resumed = trainer.global_step > self._start_step or trainer.current_epoch > self._start_epoch
-        resumed = resumed and not self._restaged
         stage, later = self.stages[self._index], tuple(self.stages[self._index + 1 :])
-        return StageRun(self._index, stage, self._start_epoch, self._start_step, resumed, later=later)
+        return StageRun(
+            self._index,
+            stage,
+            self._start_epoch,
+            self._start_step,
+            resumed=resumed and not self._restaged,
+            restaged=self._restaged,
+            later=later,
+        )
 
     def enter_stage(self, trainer: pl.Trainer) -> StageRun:
         """Freezes and unfreezes for the current stage, and wraps what trains, if that is not done yet."""
@@ -313,7 +320,8 @@ class GradualUnfreeze(StageCallback):
         for group in trainer.optimizers[0].param_groups:
             peak = run.stage.lr if isinstance(run.stage.lr, float | int) else group["given_lr"]
             trains = group["layer_group"] in chosen
-            group["peak_lr"] = group["lr"] = float(peak) * ratios[group["layer_group"]] if trains else 0.0
+            group["peak_lr"] = float(peak) * ratios[group["layer_group"]] if trains else 0.0
+            set_lr(group, group["peak_lr"])
 
     @contextmanager
     def around_stage_start(self, trainer: pl.Trainer, run: StageRun) -> Iterator[None]:

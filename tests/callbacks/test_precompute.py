@@ -31,6 +31,7 @@ from torchvision.transforms import v2
 
 from lightning_unfreeze import feature_store
 from lightning_unfreeze.callbacks import precompute
+from lightning_unfreeze.callbacks.base import StageCallback
 from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage
 from lightning_unfreeze.callbacks.precompute import PrecomputeFeatures
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
@@ -274,6 +275,25 @@ class SeenLoaders(Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.datasets.append(type(trainer.train_dataloader.dataset).__name__)
+
+
+@pytest.mark.filterwarnings("ignore:.*without stored features:UserWarning")
+def test_precompute__alone_a_fit_after_an_error_announces_its_stage_again(tmp_path):
+    class Breaks(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise RuntimeError("on purpose")
+
+    class Counts(StageCallback):
+        started = 0
+
+        def on_stage_start(self, *_: Any) -> None:
+            self.started += 1
+
+    leads, counts = PrecomputeFeatures(store_dir=tmp_path), Counts()
+    with pytest.raises(RuntimeError, match="on purpose"):
+        quiet_trainer([leads, counts, Breaks()], max_epochs=1).fit(UserModule(), loader())
+    quiet_trainer([leads, counts], max_epochs=1).fit(UserModule(), loader())
+    assert counts.started == 2
 
 
 def test_precompute__lightning_asks_for_the_loaders_of_each_stage(tmp_path):

@@ -235,6 +235,14 @@ def test_restarts__learning_rate_monitor_logs_the_rates_in_force(tmp_path: Path,
     assert progress == [(0, 0.25), (0, 0.5), (0, 0.75), (0, 1)] * 2
 
 
+def test_restarts__a_logger_that_is_never_due_is_no_error(tmp_path: Path) -> None:
+    module = Line(lr=0.1)
+    quiet_trainer([CosineRestarts()], max_epochs=1, logger=CSVLogger(tmp_path), log_every_n_steps=0).fit(
+        module, points(4)
+    )
+    assert not [row for file in tmp_path.rglob("metrics.csv") for row in csv.DictReader(file.read_text().splitlines())]
+
+
 # --- snapshots
 
 

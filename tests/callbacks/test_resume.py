@@ -12,6 +12,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
 
 from lightning_unfreeze.callbacks.base import StageCallback
+from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage
+from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.loaders import EpochSampler, KeyedDataset, ResumableLoader
 from lightning_unfreeze.stages import Stage
@@ -203,6 +205,41 @@ def test_resume__restage_keeps_going_where_nothing_of_the_stage_changed(whole: d
     backbone = [name for name in whole["plain"][0] if name.startswith("net.backbone")]
     kept = {name: weights[name] for name in backbone}
     assert same_weights(kept, {name: whole["plain"][0][name] for name in backbone}) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*no signal:UserWarning")
+def test_resume__restage_forgets_what_was_found_in_the_stage_before_it_changed(tmp_path: Path) -> None:
+    """The range test is made anew, with the new ratios; cycle ends under other rates judge nothing."""
+
+    def fitted(lr_mult: float, ckpt: Path | None = None, seed: int = 0) -> tuple[LRFinderPerStage, CosineRestarts]:
+        torch.manual_seed(seed)
+        stages = [Stage("full", lr="find", lr_mult=lr_mult, cycle_len=1, num_cycles=4, until="overfit")]
+        finder = LRFinderPerStage(num_steps=20)
+        restarts = CosineRestarts()
+        trainer = quiet_trainer(
+            [
+                SaveAt(tmp_path, [("epoch_end", 0, -1)]),
+                GradualUnfreeze(stages, on_plan_change="restage"),
+                finder,
+                restarts,
+            ]
+        )
+        trainer.fit(UserModule(SmallNet()), data("resumable"), loader(), ckpt_path=ckpt)
+        return finder, restarts
+
+    fitted(1.0)
+    saved = torch.load(tmp_path / "epoch_end-0--1.ckpt", weights_only=True)
+    (state,) = [state for name, state in saved["callbacks"].items() if name.startswith("CosineRestarts")]
+    state["cycle_values"]["full"] = [-1e9]  # a cycle end that nothing beats
+    torch.save(saved, tmp_path / "changed.ckpt")
+    (before,) = [state for name, state in saved["callbacks"].items() if name.startswith("LRFinder")]
+    finder, restarts = fitted(0.1, tmp_path / "changed.ckpt", seed=1)
+    assert finder.results["full"].losses != before["results"]["full"]["losses"]
+    assert -1e9 not in restarts.cycle_values["full"]
+    # where nothing changed, both are kept
+    finder, restarts = fitted(1.0, tmp_path / "changed.ckpt", seed=1)
+    assert finder.results["full"].losses == before["results"]["full"]["losses"]
+    assert restarts.cycle_values["full"][0] == -1e9
 
 
 def test_resume__restage_refuses_a_stage_that_is_gone(whole: dict[str, Any]) -> None:

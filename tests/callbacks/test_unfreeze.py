@@ -331,6 +331,18 @@ def test_unfreeze__a_logger_that_is_never_due_is_no_error(tmp_path: Any, log_eve
         )
 
 
+def test_unfreeze__a_rate_that_is_a_tensor_stays_one() -> None:
+    class TensorRate(UserModule):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=torch.tensor(0.1))
+
+    trainer = quiet_trainer([GradualUnfreeze([Stage("full", epochs=1, lr=0.25, lr_mult=0.5)])])
+    trainer.fit(TensorRate(SmallNet()), loader(), loader())
+    rates = {group["layer_group"]: group["lr"] for group in trainer.optimizers[0].param_groups}
+    assert all(isinstance(rate, torch.Tensor) for rate in rates.values())
+    assert [float(rate) for rate in rates.values()] == [0.0625, 0.125, 0.25]
+
+
 # --- schedulers of the user ------------------------------------------------------------------------------------------
 
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
