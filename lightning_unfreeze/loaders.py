@@ -103,26 +103,33 @@ class EpochBatchSampler(EpochSampler):
         batch_size: Samples per batch and rank.
         shuffle: As for `EpochSampler`.
         seed: As for `EpochSampler`.
-        drop_last: Drop the last batch where it is not full, and the tail that does not fill all ranks.
+        drop_last: Drop the last batch where it is not full, as `drop_last` of a DataLoader.
+        drop_tail: Drop the tail that does not fill all ranks, as `drop_last` of an `EpochSampler`.
 
     >>> list(EpochBatchSampler(range(5), batch_size=2, shuffle=False))
     [[0, 1], [2, 3], [4]]
     """
 
     def __init__(
-        self, dataset: Dataset[Any], batch_size: int, shuffle: bool = True, seed: int = 0, drop_last: bool = False
+        self,
+        dataset: Dataset[Any],
+        batch_size: int,
+        shuffle: bool = True,
+        seed: int = 0,
+        drop_last: bool = False,
+        drop_tail: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r}: give an integer of 1 or more.")
-        super().__init__(dataset, shuffle=shuffle, seed=seed, drop_last=drop_last)
-        self.batch_size = batch_size
+        super().__init__(dataset, shuffle=shuffle, seed=seed, drop_last=drop_tail)
+        self.batch_size, self.drop_last_batch = batch_size, drop_last
 
     def __iter__(self) -> Iterator[list[int]]:
-        yield from BatchSampler(super().__iter__(), self.batch_size, self.drop_last)
+        yield from BatchSampler(super().__iter__(), self.batch_size, self.drop_last_batch)
 
     def __len__(self) -> int:
         num_batches = super().__len__() / self.batch_size
-        return math.floor(num_batches) if self.drop_last else math.ceil(num_batches)
+        return math.floor(num_batches) if self.drop_last_batch else math.ceil(num_batches)
 
 
 class ResumableLoader(DataLoader[Any]):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.types import _Stateful
-from torch.utils.data import BatchSampler, Dataset, RandomSampler
+from torch.utils.data import BatchSampler, Dataset, DistributedSampler, RandomSampler
 
 from lightning_unfreeze.loaders import EpochBatchSampler, EpochSampler, KeyedDataset, ResumableLoader
 
@@ -93,6 +93,20 @@ def test_epoch_sampler__fills_or_drops_the_uneven_tail(
     for rank in range(3):
         ranks(rank, 3)
         assert list(EpochSampler(Noisy(size), shuffle=False, drop_last=drop_last)) == expected[rank]
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("drop_tail", [False, True])
+@pytest.mark.parametrize("size", [17, 18, 19])
+def test_epoch_batch_sampler__drops_what_torch_drops(size: int, drop_last: bool, drop_tail: bool, ranks: Any) -> None:
+    """The tail that does not fill all ranks and the last batch of a rank are two things, as in torch."""
+    data = Noisy(size)
+    for rank in range(2):
+        ranks(rank, 2)
+        torchs = DistributedSampler(data, 2, rank, shuffle=False, drop_last=drop_tail)
+        wanted = list(BatchSampler(torchs, 9, drop_last))
+        ours = EpochBatchSampler(data, 9, shuffle=False, drop_last=drop_last, drop_tail=drop_tail)
+        assert (list(ours), len(ours)) == (wanted, len(wanted))
 
 
 def test_keyed_dataset__augments_by_seed_epoch_and_index_alone() -> None:
