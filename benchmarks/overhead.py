@@ -117,7 +117,7 @@ def measured(name: str, make: Callable[[], nn.Module], data: TensorDataset, size
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--size-px", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=32)
