@@ -162,19 +162,30 @@ class _PlanProbe(Probe):
         }
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> tuple[int, int, float]:
-        """FLOPs of a step, FLOPs of its frozen modules, and the seconds of the fastest of a few steps."""
-        paths = {module: name for name, module in pl_module.named_modules()}
-        counter = FlopCounterMode(display=False, depth=1000, custom_mapping=FLOP_FORMULAS)
-        with counter:
-            self._step(trainer, pl_module, batch)
-        counts = counter.get_flop_counts()
-        root = type(pl_module).__name__
-        frozen = sum(
-            sum(counts.get(key, {}).values())
-            for module in self._frozen
-            for key in (f"{root}.{paths[module]}", paths[module])
-            if key in counts
-        )
+        """FLOPs of a step, FLOPs of its frozen modules' forward, and the seconds of the fastest of a few steps."""
+        counter = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
+        # by calls, not by the counter's names: it has none for a module that is called before the one that holds it
+        entered: list[int] = []
+        frozen = 0
+
+        def enter(*_: Any) -> None:
+            entered.append(counter.get_total_flops())
+
+        def leave(*_: Any) -> None:
+            nonlocal frozen
+            before = entered.pop()
+            if not entered:
+                frozen += counter.get_total_flops() - before
+
+        parts = {part for module in self._frozen for part in module.modules()}
+        hooks = [part.register_forward_pre_hook(enter) for part in parts]
+        hooks += [part.register_forward_hook(leave) for part in parts]
+        try:
+            with counter:
+                self._step(trainer, pl_module, batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
         seconds = []
         for _ in range(_TIMED_STEPS):
             start = time.perf_counter()

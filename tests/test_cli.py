@@ -232,6 +232,39 @@ def test_plan__counts_flops_and_parameters_as_arithmetic_does(tmp_path: Path) ->
     assert 2.5 < full["GFLOPs"] / 3 / forward_gflops < 3.0
 
 
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_plan__counts_frozen_modules_that_a_container_only_holds(tmp_path: Path) -> None:
+    """A ModuleList is never called: its FLOPs are those of its modules, once for a stored stage."""
+    from lightning_unfreeze import GradualUnfreeze, PrecomputeFeatures, Stage
+    from lightning_unfreeze.plan import plan_rows
+    from tests.conftest import quiet_trainer
+
+    class Listed(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = torch.nn.ModuleList([torch.nn.Linear(16, 16), torch.nn.Linear(16, 32)])
+            self.head = torch.nn.Linear(32, 4)
+
+        def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+            x = batch[0]
+            for block in self.backbone:
+                x = block(x)
+            return torch.nn.functional.cross_entropy(self.head(x), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    class Data(pl.LightningDataModule):
+        def train_dataloader(self) -> object:
+            images = torch.utils.data.TensorDataset(torch.randn(20, 16), torch.arange(20) % 4)
+            return torch.utils.data.DataLoader(images, batch_size=10)
+
+    stage = Stage("head", train="head", epochs=3, precompute=True)
+    (row,) = plan_rows(quiet_trainer([GradualUnfreeze([stage]), PrecomputeFeatures()]), Listed(), Data())
+    backbone, head = 2 * 20 * (16 * 16 + 16 * 32), 2 * 20 * 32 * 4
+    assert row["GFLOPs"] * 1e9 == pytest.approx(backbone + 3 * 2 * head)  # the head: forward, and its weight's gradient
+
+
 def test_plan__costs_what_the_limit_on_batches_lets_through(tmp_path: Path) -> None:
     from lightning_unfreeze import DigitsData, GradualUnfreeze, Stage, TransferClassifier
     from lightning_unfreeze.plan import plan_rows

@@ -1,208 +1,145 @@
-"""R1: how transferable are features? (Yosinski et al. 2014), on half of CIFAR-10's classes, with this package's stages.
+"""R1: how transferable are features? (Yosinski et al. 2014), on half of CIFAR-10's classes at 16 px.
 
 A network is trained on classes A and one on classes B. Its first n blocks start a network for B: kept as they are
 (AnB, BnB) or trained on (AnB+, BnB+); RnB keeps n random blocks. Numbers are accuracy minus that of training on B.
 
-    python benchmarks/reproductions/yosinski.py --data cifar10_16px.npz --seeds 1
-    python benchmarks/reproductions/yosinski.py --data digits --epochs 2 3     # a smoke test, which proves nothing
+    python benchmarks/reproductions/yosinski.py --config benchmarks/reproductions/yosinski.yaml
 
-The npz file holds `x_train` and `x_test` (N, H, W, 3) of uint8, `y_train` and `y_test`. About 5 minutes a seed on one
-core for n = 1, 3, 5 and three splits.
+Rows that are in the folder already are not made again. `--data digits` is a smoke test, which proves nothing.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
-import logging
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from cifar import DIGITS_NOTE, Data, TinyCNN, accuracy, halves, load, train, write_table
+from jsonargparse import auto_cli
 
-from lightning_unfreeze import CosineRestarts, GradualUnfreeze, Stage
-from lightning_unfreeze.loaders import EpochSampler, ResumableLoader
 from lightning_unfreeze.seeding import keyed_rng
+from lightning_unfreeze.study.statistics import paired_t_interval
 
-CHANNELS = (16, 32, 64, 64, 64)
 TREATMENTS = ("AnB", "AnB+", "BnB", "BnB+", "RnB")
-PEAK_LR, WARMUP, BATCH_SIZE = 0.05, 0.25, 64
+SPLITS = {"random 0": halves(0), "random 1": halves(1), "dissimilar": ([0, 1, 8, 9], [2, 3, 4, 5, 6, 7])}
+"""Classes A and B: two random halves, and vehicles against animals."""
+BATCH_SIZE = 64
+PILOT = {
+    "random": {
+        "baseB": (68.8,),
+        "AnB": (2.9, 2.5, 1.6, -1.3, -9.3),
+        "AnB+": (2.9, 4.0, 4.1, 4.5, 4.1),
+        "BnB": (1.4, 0.9, 0.3, 0.2, 0.1),
+        "BnB+": (1.5, 1.4, 2.4, 2.3, 2.1),
+        "RnB": (-2.3, -5.7, -10.1, -13.1, -20.5),
+    },
+    "dissimilar": {
+        "baseB": (56.5,),
+        "AnB": (1.3, 0.5, -3.2, -6.4, -14.9),
+        "AnB+": (1.8, 2.9, 2.8, 2.3, 2.9),
+    },
+}
+"""Differences to baseB of the pilot for n = 1 to 5: 2 seeds of each split, prototype code."""
 
 
-class TinyCNN(pl.LightningModule):
-    """Five blocks of convolution, BatchNorm and ReLU, pooled after the first three; crops and flips in the step."""
+def reproduce(
+    data: str = "digits",
+    out: Path = Path("runs/yosinski"),
+    splits: Sequence[str] = ("random 0", "random 1"),
+    seeds: int = 1,
+    seed_base: int = 1000,
+    depths: Sequence[int] = (1, 3, 5),
+    treatments: Sequence[str] = TREATMENTS,
+    epochs: tuple[int, int] = (12, 20),
+    per_class: tuple[int | None, int | None] = (5000, 500),
+    threads: int = 1,
+) -> list[dict[str, str]]:
+    """Train all networks; write a row per split and seed to `runs.csv`, and the means to `means.md`.
 
-    def __init__(self, num_classes: int, in_channels: int = 3, flip: bool = True) -> None:
-        super().__init__()
-        sizes = (in_channels, *CHANNELS)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(sizes[i], sizes[i + 1], 3, padding=1, bias=False),
-                nn.BatchNorm2d(sizes[i + 1]),
-                nn.ReLU(),
-                nn.MaxPool2d(2) if i < 3 else nn.Identity(),
-            )
-            for i in range(5)
-        )
-        self.head = nn.Linear(CHANNELS[-1], num_classes)
-        self.flip = flip
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight)
-
-    def layer_groups(self) -> dict[str, nn.Module]:
-        return {**{f"block{i + 1}": block for i, block in enumerate(self.blocks)}, "head": self.head}
-
-    def forward(self, images: Tensor) -> Tensor:
-        for block in self.blocks:
-            images = block(images)
-        return self.head(images.mean((2, 3)))
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, labels = batch
-        height, width = images.shape[-2:]
-        top, left = torch.randint(5, (2,)).tolist()
-        images = nn.functional.pad(images, (2, 2, 2, 2))[..., top : top + height, left : left + width]
-        if self.flip and torch.rand(()) < 0.5:
-            images = images.flip(-1)
-        return nn.functional.cross_entropy(self(images), labels)
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        images, labels = batch
-        self.log("acc", (self(images).argmax(1) == labels).float().mean(), batch_size=len(labels))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), PEAK_LR, momentum=0.9, weight_decay=1e-4)
-
-
-def load(source: str) -> dict[str, np.ndarray]:
-    """Return images (N, C, H, W), float, and labels of both sets."""
-    if source != "digits":
-        with np.load(source) as file:
-            arrays = {name: file[name] for name in ("x_train", "y_train", "x_test", "y_test")}
-        return {n: a.transpose(0, 3, 1, 2).astype(np.float32) if n[0] == "x" else a for n, a in arrays.items()}
-    digits = load_digits()
-    images, test = digits.images[:, None].astype(np.float32), np.arange(len(digits.target)) % 3 == 0
-    return {
-        **{"x_train": images[~test], "y_train": digits.target[~test]},
-        **{"x_test": images[test], "y_test": digits.target[test]},
-    }
-
-
-def of_classes(data: dict[str, np.ndarray], part: str, classes: Sequence[int], per_class: int | None) -> TensorDataset:
-    """Return the first images of some classes, labelled by their place, normalised by the training images."""
-    labels = data[f"y_{part}"]
-    chosen = np.concatenate([np.flatnonzero(labels == c)[:per_class] for c in classes])
-    mean, sd = (getattr(data["x_train"], f)((0, 2, 3), keepdims=True) for f in ("mean", "std"))
-    place = {c: i for i, c in enumerate(classes)}
-    images = torch.from_numpy((data[f"x_{part}"][chosen] - mean) / sd)
-    return TensorDataset(images, torch.tensor([place[int(c)] for c in labels[chosen]]))
-
-
-def train(module: TinyCNN, images: TensorDataset, epochs: int, frozen: int, seed: int, batch_size: int) -> None:
-    """Train all but the first `frozen` blocks in one cosine cycle."""
-    names = list(module.layer_groups())[frozen:]
-    callbacks = [GradualUnfreeze([Stage("train", names, cycle_len=epochs)]), CosineRestarts(warmup=WARMUP)]
-    trainer = quiet_trainer(callbacks)
-    with keyed_rng("train", seed):
-        sampler = EpochSampler(images, seed=seed)
-        trainer.fit(module, ResumableLoader(images, batch_size=batch_size, sampler=sampler, drop_last=True))
-
-
-def accuracy(module: TinyCNN, images: TensorDataset) -> float:
-    (found,) = quiet_trainer([]).test(module, DataLoader(images, batch_size=1000), verbose=False)
-    return 100 * found["acc"]
-
-
-def quiet_trainer(callbacks: list[pl.Callback]) -> pl.Trainer:
-    return pl.Trainer(
-        accelerator="cpu",
-        max_epochs=-1,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-
-
-def splits(dissimilar: bool) -> dict[str, tuple[list[int], list[int]]]:
-    """Return classes A and B: two random halves, and vehicles against animals."""
-    found = {}
-    for split in range(2):
-        order = np.random.RandomState(100 + split).permutation(10).tolist()
-        found[f"random {split}"] = order[:5], order[5:]
-    return found | ({"dissimilar": ([0, 1, 8, 9], [2, 3, 4, 5, 6, 7])} if dissimilar else {})
-
-
-def transfer(
-    data: dict[str, np.ndarray],
-    classes: tuple[list[int], list[int]],
-    seed: int,
-    epochs: tuple[int, int],
-    per_class: tuple[int | None, int | None],
-    depths: Sequence[int],
-) -> dict[str, float]:
-    """Return accuracies of `baseB` and of each treatment and n, e.g. `AnB+ 3`."""
-    a, b = classes
-    flip, channels = data["x_train"].shape[1] == 3, data["x_train"].shape[1]
-
-    def network(num_classes: int) -> TinyCNN:
-        with keyed_rng("init", seed):
-            return TinyCNN(num_classes, channels, flip)
-
-    base_a, base_b = network(len(a)), network(len(b))
-    source = of_classes(data, "train", a, per_class[0])
-    target, test = of_classes(data, "train", b, per_class[1]), of_classes(data, "test", b, None)
-    train(base_a, source, epochs[0], 0, seed, 2 * BATCH_SIZE)
-    train(base_b, target, epochs[1], 0, seed, BATCH_SIZE)
-    found = {"baseB": accuracy(base_b, test)}
-    for n in depths:
-        for treatment in TREATMENTS:
-            module = network(len(b))
-            donor = {"A": base_a, "B": base_b, "R": module}[treatment[0]]
-            for i in range(n):
-                module.blocks[i].load_state_dict(donor.blocks[i].state_dict())
-            # the same order, crops and rest of the network in all treatments
-            train(module, target, epochs[1], 0 if treatment.endswith("+") else n, seed, BATCH_SIZE)
-            found[f"{treatment} {n}"] = accuracy(module, test)
-    return found
-
-
-def main(arguments: Sequence[str] | None = None) -> list[dict[str, object]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="digits", help="npz file, or digits")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--epochs", type=int, nargs=2, default=(12, 20), help="of A, of B")
-    parser.add_argument("--per_class", type=int, nargs=2, default=(5000, 500), help="training images of A, of B")
-    parser.add_argument("--depths", type=int, nargs="+", default=(1, 3, 5))
-    parser.add_argument("--out", type=Path, help="CSV file")
-    given = parser.parse_args(arguments)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    torch.set_num_threads(1)
-    data, rows = load(given.data), []
-    for split, classes in splits(dissimilar=given.data != "digits").items():
-        for seed in range(given.seeds):
-            found = transfer(data, classes, seed, tuple(given.epochs), tuple(given.per_class), given.depths)
-            base = found.pop("baseB")
-            rows.append({"split": split, "seed": seed, "baseB": round(base, 2)})
-            rows[-1] |= {name: round(value - base, 2) for name, value in found.items()}
-            print(rows[-1], flush=True)
-    if given.out:
-        with given.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+    Args:
+        data: npz file, `cifar10`, or `digits` for a smoke test.
+        out: Folder of the tables.
+        splits: Of random 0, random 1, dissimilar.
+        seeds: Seeds of each split.
+        seed_base: The first of them; the pilot had those from 0 on.
+        depths: Numbers n of blocks.
+        treatments: Of AnB, AnB+, BnB, BnB+, RnB.
+        epochs: Of a network for A, for B.
+        per_class: Training images of A, of B.
+        threads: Threads of torch.
+    """
+    torch.set_num_threads(threads)
+    images, path = load(data), out / "runs.csv"
+    rows: list[dict[str, str]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    for seed in range(seed_base, seed_base + seeds):
+        for split in splits:
+            if any((row["split"], row["seed"]) == (split, str(seed)) for row in rows):
+                continue
+            row = {"split": split, "seed": str(seed)}
+            for name, value in transfer(images, SPLITS[split], seed, depths, treatments, epochs, per_class):
+                row[name] = f"{value:.2f}"
+                print(split, seed, name, row[name], flush=True)
+            rows.append(row)
+            write_table(rows, path)
+    note = DIGITS_NOTE if data == "digits" else "Points, difference to baseB; in brackets the pilot's."
+    print(write_table(means(rows, depths, treatments), out / "means.md", note))
     return rows
 
 
+def transfer(
+    data: Data,
+    classes: tuple[list[int], list[int]],
+    seed: int,
+    depths: Sequence[int],
+    treatments: Sequence[str],
+    epochs: tuple[int, int],
+    per_class: tuple[int | None, int | None],
+) -> Iterator[tuple[str, float]]:
+    """Yield the accuracy of `baseB`, then each treatment's less that, e.g. of `AnB+ 3`."""
+    a, b = classes
+
+    def network(num_classes: int) -> TinyCNN:
+        with keyed_rng("init", seed):
+            return TinyCNN(num_classes, data.num_channels, data.augment)
+
+    base_a, base_b = network(len(a)), network(len(b))
+    target, test = data.of_classes("train", b, per_class[1]), data.of_classes("test", b)
+    train(base_b, target, epochs[1], seed, BATCH_SIZE)
+    base = accuracy(base_b, test)
+    yield "baseB", base
+    if any(name.startswith("A") for name in treatments):
+        train(base_a, data.of_classes("train", a, per_class[0]), epochs[0], seed, 2 * BATCH_SIZE)
+    for n in depths:
+        for treatment in treatments:
+            module = network(len(b))
+            donor = {"A": base_a, "B": base_b, "R": module}[treatment[0]]
+            module.blocks[:n].load_state_dict(donor.blocks[:n].state_dict())
+            # the same order, crops and rest of the network in all treatments
+            train(module, target, epochs[1], seed, BATCH_SIZE, frozen=0 if treatment.endswith("+") else n)
+            yield f"{treatment} {n}", accuracy(module, test) - base
+
+
+def means(rows: Sequence[dict[str, str]], depths: Sequence[int], treatments: Sequence[str]) -> list[dict[str, str]]:
+    """Return a row per kind of split and treatment: means over splits and seeds, the pilot's, and 95 % intervals."""
+    table = []
+    for kind in ("random", "dissimilar"):
+        of_kind = [row for row in rows if row["split"].startswith(kind)]
+        for treatment in treatments if of_kind else ():
+            base = np.mean([float(row["baseB"]) for row in of_kind])
+            cells = {"split": kind, "networks": str(len(of_kind)), "baseB": f"{base:.1f}", "treatment": treatment}
+            for n in depths:
+                found = paired_t_interval([float(row[f"{treatment} {n}"]) for row in of_kind])
+                spread = f" ±{found.high - found.mean:.1f}" if len(of_kind) > 1 else ""
+                pilot = PILOT[kind].get(treatment)
+                cells[f"n={n}"] = f"{found.mean:+.1f}{spread}" + (f" ({pilot[n - 1]:+.1f})" if pilot else "")
+            table.append(cells)
+    return table
+
+
 if __name__ == "__main__":
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*does not have many workers")
-        main()
+    auto_cli(reproduce, as_positional=False)
