@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -10,7 +11,6 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -184,7 +184,7 @@ class Study:
 
     # --- what there is to run --------------------------------------------------------------------------------------
 
-    @cached_property
+    @functools.cached_property
     def _looked_at(self) -> tuple[dict[str, Arm], Costs, StudyInfo]:
         """Arms, costs, and what the report says of the study; from the module and data of the first seed."""
         module, data = self.bench.module(self.seeds[0]), self.bench.data(self.seeds[0])
@@ -240,7 +240,7 @@ class Study:
         """What the kinds of stages cost."""
         return self._looked_at[1]
 
-    @cached_property
+    @functools.cached_property
     def settings(self) -> dict[str, Any]:
         """All that decides a run's result, of plain JSON types; what is run, and where, is not part of it."""
         bench = {field.name: getattr(self.bench, field.name) for field in dataclasses.fields(self.bench)}
@@ -476,9 +476,16 @@ def code_version(package: Path = Path(lightning_unfreeze.__file__).parent) -> st
 
 
 def describe(function: Any) -> Any:
-    """Return what makes two functions the same ones for a study: their own word, or name and source text."""
+    """Return what makes two functions the same ones for a study: their own word, or name and source text.
+
+    >>> describe(functools.partial(int, base=2))[1:]
+    [[], {'base': '2'}]
+    """
     if hasattr(function, "spec"):
         return function.spec
+    if isinstance(function, functools.partial):
+        given = {name: repr(value) for name, value in function.keywords.items()}
+        return [describe(function.func), [repr(value) for value in function.args], given]
     try:
         source = inspect.getsource(function)
     except (OSError, TypeError):
