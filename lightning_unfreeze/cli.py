@@ -16,6 +16,21 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 import lightning_unfreeze  # noqa: F401  (makes the short class names known to the parser)
 from lightning_unfreeze.reporting import show, table_of, write_csv
 
+_HELP = """\
+usage: lightning-unfreeze COMMAND --config FILE.yaml [--OPTION VALUE ...]
+
+  fit       run all stages of the plan
+  validate  score a checkpoint on the validation images, with TTAEval augmented
+  test      the same on the test images
+  predict   write predictions.csv for a folder of images
+  plan      show what each stage trains, at which rates and at what cost; trains nothing
+  lr-find   make the range tests alone, with tables and curves; trains nothing
+  study     plan|run|report|merge: which steps of the recipe pay on your data
+
+options: lightning-unfreeze fit --help, and of a module or data module
+  lightning-unfreeze fit --model.help TransferClassifier
+  lightning-unfreeze fit --data.help ImageFolderData"""
+_LIGHTNINGS = ("fit", "validate", "test", "predict")
 _SHOWN_CHARACTERS = 80  # of a value in an error
 _EXPECTED_ERRORS = (MisconfigurationException, ValueError, NotImplementedError, OSError)
 
@@ -24,7 +39,7 @@ class _Parser(LightningArgumentParser):
     """A parser whose errors are one line, without the usage of some 300 options."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        sys.stderr.write(f"error: {_cause(message)} (see `lightning-unfreeze COMMAND --help`)\n")
+        sys.stderr.write(f"error: {_cause(message)} (options: lightning-unfreeze --help)\n")
         sys.exit(2)
 
 
@@ -34,11 +49,14 @@ def _cause(message: str) -> str:
     For a value that may be of several types the parser lists one error per type and the whole value; the first is that
     of the type that was meant.
     """
+    if message.startswith("Caught ") and "Original Traceback" in message:  # of a DataLoader's worker
+        message = message.strip().rpartition("\n")[2].partition(": ")[2]
     flat = " ".join(message.split())
     above, found, errors = flat.rpartition("Errors: - ")
     if not found:
         return flat
-    key = above.rpartition('Parser key "')[2].partition('"')[0]
+    _, named, key = above.rpartition('Parser key "')
+    key = key.partition('"')[0] if named else ""
     value = errors.partition(" Given value: ")[2]
     if errors.startswith("Expected a <class") and len(value) < _SHOWN_CHARACTERS:
         types = above.rpartition("Subtypes: [")[2].strip().removesuffix("]").replace(", ", " or ")
@@ -98,8 +116,12 @@ def main(args: Sequence[str] | None = None) -> None:
         command = commands.get(arguments[0]) if arguments else None
         if command is not None:
             command(arguments[1:])
+        elif not arguments or arguments[0] in ("-h", "--help"):
+            show(_HELP)
+        elif not arguments[0].startswith("-") and arguments[0] not in _LIGHTNINGS:
+            raise ValueError(f"{arguments[0]!r} is no command; give one of {', '.join([*_LIGHTNINGS, *commands])}")
         else:
-            cli = UnfreezeCLI(arguments or ["--help"])
+            cli = UnfreezeCLI(arguments)
             if cli.subcommand == "predict":
                 _write_predictions(cli)
     except _EXPECTED_ERRORS as error:
@@ -129,7 +151,8 @@ def _plan(arguments: list[str]) -> None:
     cli = UnfreezeCLI(arguments, run=False)
     rows = plan_rows(cli.trainer, cli.model, cli.datamodule)
     show(table_of(rows, title="plan (nothing was trained)"))
-    show(f"together {sum(row['epochs'] for row in rows)} epochs, {sum(row['minutes'] for row in rows):.2g} minutes")
+    epochs, minutes = (sum(row[name] for row in rows) for name in ("epochs", "minutes"))
+    show(f"together {epochs} epochs, {minutes:.2g} minutes; range tests and validation are not counted")
 
 
 def _lr_find(arguments: list[str]) -> None:
@@ -150,8 +173,12 @@ def _lr_find(arguments: list[str]) -> None:
 
 
 def _study(arguments: list[str]) -> None:
-    from lightning_unfreeze.study.cli import run_command  # needs the extra `study`
-
+    try:
+        from lightning_unfreeze.study.cli import run_command
+    except ModuleNotFoundError as error:
+        raise MisconfigurationException(
+            f"the study needs {error.name}: python -m pip install 'lightning-unfreeze[study]' (in a clone: '.[study]')"
+        ) from error
     run_command(arguments)
 
 

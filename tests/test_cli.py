@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,7 +82,9 @@ def test_config__is_complete_and_runs(name: str, tmp_path: Path, monkeypatch: py
     rows = list(csv.DictReader(table.read_text().splitlines()))
     assert [row["stage"] for row in rows] == [stage["name"] for stage in stages]
     assert (table.parent / "stages.png").stat().st_size > 5000
-    assert (table.parent / "last.ckpt").is_file()
+    # the last one, also where no epoch after the first was better
+    last = torch.load(table.parent / "last.ckpt", weights_only=False)
+    assert last["epoch"] + 1 == sum(int(row["epochs"]) for row in rows)
 
 
 QUICK = ["--config", str(CONFIGS / "quickstart.yaml"), "--trainer.logger=false", "--trainer.enable_checkpointing=false"]
@@ -186,7 +189,7 @@ def test_error__of_a_folder_is_one_line(mistake: str, tmp_path: Path, capsys: py
         str(tmp_path),
     ]
     config = yaml.safe_load((CONFIGS / "full_finetune.yaml").read_text())
-    config["trainer"]["callbacks"] = config["trainer"]["callbacks"][:-1]  # no checkpoints, so no ModelCheckpoint
+    config["trainer"]["callbacks"] = config["trainer"]["callbacks"][:-2]  # no checkpoints, so no ModelCheckpoint
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     arguments = ["fit", "--config", str(tmp_path / "config.yaml"), *own_photos_arguments(tmp_path / "photos"), *quiet]
     assert_one_line(arguments, says, capsys)
@@ -298,6 +301,40 @@ def test_plan__of_data_without_a_length_is_refused() -> None:
     trainer = quiet_trainer([GradualUnfreeze([Stage("full", epochs=1)])])
     with pytest.raises(MisconfigurationException, match=r"no length.*limit_train_batches"):
         plan_rows(trainer, UserModule(), Data())
+
+
+def test_help__names_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    shown = capsys.readouterr().out
+    for command in ("fit", "validate", "test", "predict", "plan", "lr-find", "study", "--model.help"):
+        assert command in shown
+    with pytest.raises(SystemExit) as exit_info:
+        main(["plann"])
+    assert exit_info.value.code == 2
+    assert "'plann' is no command" in (said := capsys.readouterr().err) and "lr-find" in said and said.count("\n") == 1
+
+
+def test_error__of_a_worker_is_its_own_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "Caught OSError in DataLoader worker process 1.\nOriginal Traceback (...):\n  File x\nOSError: a.jpg"
+
+    def fail(arguments: list[str]) -> None:
+        raise OSError(text)
+
+    monkeypatch.setattr("lightning_unfreeze.cli._plan", fail)
+    with pytest.raises(SystemExit):
+        main(["plan"])
+    assert capsys.readouterr().err == "error: a.jpg\n"
+
+
+def test_error__of_a_missing_extra_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "lightning_unfreeze.study.cli", None)
+    with pytest.raises(SystemExit):
+        main(["study", "plan"])
+    assert "lightning-unfreeze[study]" in capsys.readouterr().err
 
 
 @pytest.mark.slow

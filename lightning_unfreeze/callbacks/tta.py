@@ -298,8 +298,6 @@ class TTAEval(StageCallback):
             )
         if self.random:
             self._start_random(trainer)
-        if trainer.state.fn == TrainerFn.FITTING:
-            rank_zero_info(f"TTAEval: this validation is augmented, {self.num_views} views")
         self._spy = LogitsSpy(pl_module, self.forward)
 
     def _stop(self, pl_module: pl.LightningModule) -> None:
@@ -424,6 +422,10 @@ class TTAEval(StageCallback):
             result = TTAResult(activation=loader.activation, metrics={}, **rows)
             result.metrics.update(scores_of(result, pl_module, prefix))
             self.results[prefix + suffix] = result
+            plain, merged = (float(right.double().mean()) for right in (result.correct_plain, result.correct))
+            rank_zero_info(
+                f"TTAEval, {prefix}{suffix}: accuracy {plain:.1%} without, {merged:.1%} with {self.num_views} views"
+            )
             for name, value in result.metrics.items():
                 # every rank holds the same number: their largest is that number, where a mean would round
                 pl_module.log(name + suffix, value, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="max")

@@ -62,8 +62,8 @@ class StudyPlan:
         """Return what to know before starting."""
         error = st.image_standard_error(0.1, self.info.n_test)
         found = [
-            f"{self.runs} runs: {len(self.arms)} arms x {len(self.seeds)} seeds, {self.tuning_runs} to tune; about "
-            f"{_duration(self.seconds)}.",
+            f"{self.runs} runs: {len(self.arms)} arms x {len(self.seeds)} seeds, {self.tuning_runs} to tune (with "
+            f"those of the head's rate, which all arms share); about {_duration(self.seconds)}.",
             f"Primary: {self.info.primary} against {self.info.reference}, margin ±{self.info.margin:g} pt.",
             f"{self.info.n_test} test images leave up to {error:.2f} pt of standard error on new images where two arms "
             "disagree on a tenth of them; no number of seeds removes that.",

@@ -171,7 +171,7 @@ def _time_sentence(time: Mapping[CostAxis, st.TimeOutcome], match: Axis) -> str:
 
 def _axis_sentence(accuracy: Mapping[Axis, st.AccuracyVerdict]) -> str:
     if len(accuracy) < 2:
-        return "Whether it depends on the budget axis was not run."
+        return "Other budget axes were not run."
     said = {axis: _plain(verdict.outcome) for axis, verdict in accuracy.items()}
     if set(said.values()) == {"undecided"}:
         return f"On none of the {len(said)} budget axes that were run is it decided."
