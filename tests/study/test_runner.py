@@ -762,7 +762,7 @@ def test_auto_seeds__follow_from_a_pilot_that_is_in_no_comparison(
         )  # fmt: skip
 
     monkeypatch.setattr(runner, "execute", made_up)
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="lightning.pytorch.utilities.rank_zero")
     auto = study(tmp_path, seeds="auto")
     assert auto.plan().pilot and "This is the pilot" in " ".join(auto.plan().sentences())
     auto.run()
