@@ -317,4 +317,4 @@ def _limits(analysis: Analysis) -> list[str]:
 
 
 def _tuned(analysis: Analysis, arm: str) -> bool:
-    return all(run.tuned_lr is not None for run in analysis.runs[arm].values())
+    return all(run.tuned_lr is not None and len(run.tuning_curve) > 1 for run in analysis.runs[arm].values())

@@ -317,6 +317,13 @@ def test_verdict__limits_name_missing_arms_unpaired_seeds_and_mixed_code() -> No
     assert "not tuned per arm for skip3" in limits
 
 
+def test_verdict__a_grid_of_one_rate_is_no_tuning() -> None:
+    records = [dataclasses.replace(r, tuning_curve=((0.1, 0.52),)) for r in exact({"skip34@flops": SPREAD})]
+    limits = " ".join(judge(Analysis(records, INFO)).limits)
+    assert "not tuned per arm for full9, skip34@flops" in limits
+    assert "not tuned per arm" not in " ".join(judge(Analysis(exact({"skip34@flops": SPREAD}), INFO)).limits)
+
+
 def test_verdict__three_seeds_say_how_little_they_are() -> None:
     verdict = judge(Analysis(study({}, seeds=3), INFO))
     assert any("with 3 the smallest possible sign-flip p is 0.25" in change for change in verdict.changes)
