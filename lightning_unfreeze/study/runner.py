@@ -446,7 +446,7 @@ class Study:
         if self.backend == "ray":
             from ray.util.joblib import register_ray
 
-            register_ray()  # type: ignore[no-untyped-call]
+            register_ray()
         with joblib.parallel_config(backend=self.backend, n_jobs=self.n_jobs):
             streams = joblib.parallel.get_active_backend()[0].supports_return_generator
             # a backend that returns all at once gets a few at a time, so that a kill loses but a few
