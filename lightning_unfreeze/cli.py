@@ -30,7 +30,6 @@ usage: lightning-unfreeze COMMAND --config FILE.yaml [--OPTION VALUE ...]
 options: lightning-unfreeze fit --help, and of a module or data module
   lightning-unfreeze fit --model.help TransferClassifier
   lightning-unfreeze fit --data.help ImageFolderData"""
-_LIGHTNINGS = ("fit", "validate", "test", "predict")
 _SHOWN_CHARACTERS = 80  # of a value in an error
 _EXPECTED_ERRORS = (MisconfigurationException, ValueError, NotImplementedError, OSError)
 
@@ -118,8 +117,9 @@ def main(args: Sequence[str] | None = None) -> None:
             command(arguments[1:])
         elif not arguments or arguments[0] in ("-h", "--help"):
             show(_HELP)
-        elif not arguments[0].startswith("-") and arguments[0] not in _LIGHTNINGS:
-            raise ValueError(f"{arguments[0]!r} is no command; give one of {', '.join([*_LIGHTNINGS, *commands])}")
+        elif not arguments[0].startswith("-") and arguments[0] not in UnfreezeCLI.subcommands():
+            known = ", ".join([*UnfreezeCLI.subcommands(), *commands])
+            raise ValueError(f"{arguments[0]!r} is no command; give one of {known}")
         else:
             cli = UnfreezeCLI(arguments)
             if cli.subcommand == "predict":

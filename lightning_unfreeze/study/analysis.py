@@ -180,6 +180,14 @@ class Analysis:
                 high.append(latest / before if before else math.inf)
         return (_geometric_mean(low), _geometric_mean(high)) if low else None
 
+    def time_outcome(self, arm: str, axis: CostAxis) -> st.TimeOutcome:
+        """Return the outcome of the rules; undecided where all pairs have one ratio that cycle ends could reverse."""
+        cost, bracket = self.comparisons[arm].costs[axis], self.cost_bracket(arm, axis)
+        outcome = st.time_verdict(cost)
+        if outcome in ("upheld", "refuted") and cost.same_in_all_pairs and bracket and bracket[0] <= 1 <= bracket[1]:
+            return "undecided"
+        return outcome
+
     @cached_property
     def comparisons(self) -> dict[str, Comparison]:
         """Every arm that shares a seed with the reference, compared with it."""

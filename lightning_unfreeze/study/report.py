@@ -332,7 +332,7 @@ def _cost_row(
         "bracket_high": bracket[1],
         "restricted_mean_ratio": means[0] / means[1],
         "median": math.nan if median is None else median,
-        "outcome": "omitted" if omitted else st.time_verdict(cost),
+        "outcome": "omitted" if omitted else analysis.time_outcome(arm, axis),
     }
 
 

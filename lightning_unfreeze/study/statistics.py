@@ -269,6 +269,11 @@ class CostRatio:
         """Whether at least 70 % of the runs of each arm reached the target, so that censoring cannot decide."""
         return self.ratio is not None and min(self.reached_a, self.reached_b) >= MIN_REACHED * self.runs
 
+    @property
+    def same_in_all_pairs(self) -> bool:
+        """Whether every pair gave one ratio: then its interval has no width, and is no measure of certainty."""
+        return self.ratio is not None and math.isclose(self.ratio.low, self.ratio.high)
+
 
 def cost_ratio(cost_a: ArrayLike, cost_b: ArrayLike, level: float = 0.95) -> CostRatio:
     """Return the paired ratio of costs to a target, by a t interval on the log scale.

@@ -60,7 +60,7 @@ def judge(analysis: Analysis) -> StudyVerdict:
     primary = at_budget[info.match]
     time: dict[CostAxis, st.TimeOutcome] = {}
     if primary is not None:
-        time = {axis: _time_outcome(analysis, primary, axis) for axis in COSTS}
+        time = {axis: analysis.time_outcome(primary.arm, axis) for axis in COSTS}
         if not analysis.seconds_comparable:
             del time["seconds"]
     outcome: st.Outcome = primary.verdict.outcome if primary is not None else "undecided"
@@ -101,15 +101,6 @@ def accuracy_sentence(verdict: st.AccuracyVerdict) -> str:
             "refuted+": "REFUTED: skipping is better",
         }[verdict.outcome]
     return f"{verdict.interval.mean:+.2f} pt {_interval(verdict.interval)} -> {said}"
-
-
-def _time_outcome(analysis: Analysis, primary: Comparison, axis: CostAxis) -> st.TimeOutcome:
-    """Return the outcome of the rules; undecided where all pairs have one ratio that cycle ends could reverse."""
-    cost, bracket = primary.costs[axis], analysis.cost_bracket(primary.arm, axis)
-    outcome = st.time_verdict(cost)
-    if cost.ratio and bracket and math.isclose(cost.ratio.low, cost.ratio.high) and bracket[0] <= 1 <= bracket[1]:
-        return "not testable" if outcome == "not testable" else "undecided"
-    return outcome
 
 
 def _after_holm(comparison: Comparison) -> str:
@@ -224,11 +215,7 @@ def _changes(analysis: Analysis) -> list[str]:
                 f"Two runs disagree on {primary.disagreement:.0%} of {info.n_test} images, up to {error:.2f} pt of "
                 "standard error that no number of seeds removes."
             )
-    same = [
-        _COST_LABEL[axis]
-        for axis, cost in primary.costs.items()
-        if cost.ratio and math.isclose(cost.ratio.low, cost.ratio.high)
-    ]
+    same = [_COST_LABEL[axis] for axis, cost in primary.costs.items() if cost.same_in_all_pairs]
     if same:
         found.append(
             f"Cost: on {', '.join(same)} every pair gave the same ratio, because costs are read at cycle ends; "
