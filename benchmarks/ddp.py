@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_unfreeze import GradualUnfreeze, Stage
-from lightning_unfreeze.distributed import rebuild_ddp
-from lightning_unfreeze.loaders import EpochSampler
+from lightning_unfreeze.data.loaders import EpochSampler
+from lightning_unfreeze.inside_lightning.distributed import rebuild_ddp
 
 ARMS = {"2 ranks, 1 thread each": (2, 1), "1 process, 1 thread": (1, 1), "1 process, 2 threads": (1, 2)}
 

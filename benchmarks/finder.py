@@ -28,11 +28,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from lightning_unfreeze import schedules
 from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage, RangeTest
 from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
-from lightning_unfreeze.stages import Stage
+from lightning_unfreeze.stages import schedules as schedules
+from lightning_unfreeze.stages.plan import Stage
 
 LR_MULT = 1 / 3
 

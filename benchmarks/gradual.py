@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_unfreeze import GradualUnfreeze, PrecomputeFeatures, Stage
-from lightning_unfreeze.loaders import EpochSampler, ResumableLoader
+from lightning_unfreeze.data.loaders import EpochSampler, ResumableLoader
 
 
 class Whole(pl.LightningModule):

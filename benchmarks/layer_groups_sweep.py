@@ -21,7 +21,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_unfreeze.layer_groups import layer_groups
+from lightning_unfreeze.layers.groups import layer_groups
 
 SMALL = ("test_", "atto", "femto", "pico", "nano", "xxt", "xtiny", "tiny", "_xxs", "_xs", "_s0", "small", "mini", "050")
 

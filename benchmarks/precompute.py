@@ -212,7 +212,7 @@ def pass_seconds(found: list[float]) -> Any:
     """Times `FeaturePass.fill` wherever it is called."""
     from unittest.mock import patch
 
-    from lightning_unfreeze.feature_pass import FeaturePass
+    from lightning_unfreeze.features.fill import FeaturePass
 
     original = FeaturePass.fill
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_unfreeze.feature_store import FeatureStore, FeatureWriter, StoreLayout, TensorSpec
+from lightning_unfreeze.features.store import FeatureStore, FeatureWriter, StoreLayout, TensorSpec
 
 KEY = "scale"
 

@@ -21,11 +21,11 @@ from lightning_unfreeze.callbacks.precompute import PrecomputeFeatures
 from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.tta import TTAEval
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
-from lightning_unfreeze.data import DigitsData, ImageFolderData
-from lightning_unfreeze.layer_groups import layer_groups
+from lightning_unfreeze.data.modules import DigitsData, ImageFolderData
+from lightning_unfreeze.layers.groups import layer_groups
 from lightning_unfreeze.module import TransferClassifier
 from lightning_unfreeze.recipe import nine_steps
-from lightning_unfreeze.stages import Stage
+from lightning_unfreeze.stages.plan import Stage
 
 __version__ = "0.1.0"
 

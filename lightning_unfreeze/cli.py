@@ -146,7 +146,7 @@ def _with_packaged_configs(arguments: list[str]) -> list[str]:
 
 
 def _plan(arguments: list[str]) -> None:
-    from lightning_unfreeze.plan import plan_rows
+    from lightning_unfreeze.preview.costs import plan_rows
 
     cli = UnfreezeCLI(arguments, run=False)
     rows = plan_rows(cli.trainer, cli.model, cli.datamodule)
@@ -156,7 +156,7 @@ def _plan(arguments: list[str]) -> None:
 
 
 def _lr_find(arguments: list[str]) -> None:
-    from lightning_unfreeze.range_tests import range_tests
+    from lightning_unfreeze.preview.range_tests import range_tests
 
     cli = UnfreezeCLI(arguments, run=False)
     results = range_tests(cli.trainer, cli.model, cli.datamodule)

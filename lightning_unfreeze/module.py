@@ -28,8 +28,8 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 import lightning_unfreeze.digits_resnet  # noqa: F401  (registers the demo's backbone with timm)
-from lightning_unfreeze.layer_groups import layer_groups
-from lightning_unfreeze.model_families import HEAD
+from lightning_unfreeze.layers.families import HEAD
+from lightning_unfreeze.layers.groups import layer_groups
 
 TORCHVISION = "torchvision/"
 

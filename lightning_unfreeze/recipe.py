@@ -9,7 +9,7 @@ from lightning_unfreeze.callbacks.precompute import PrecomputeFeatures
 from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.tta import TTAEval
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
-from lightning_unfreeze.stages import Stage
+from lightning_unfreeze.stages.plan import Stage
 
 
 def nine_steps(network: str | None = None, lr_mult: float = 1 / 3, max_cycles: int = 3) -> list[Callback]:

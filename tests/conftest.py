@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_unfreeze.loaders import EpochSampler, KeyedDataset, ResumableLoader
+from lightning_unfreeze.data.loaders import EpochSampler, KeyedDataset, ResumableLoader
 
 torch.set_num_threads(1)
 

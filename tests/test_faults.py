@@ -37,9 +37,9 @@ from lightning_unfreeze.callbacks.precompute import PrecomputeFeatures
 from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.tta import TTAEval
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
-from lightning_unfreeze.feature_pass import FeaturePass
-from lightning_unfreeze.feature_store import FeatureStore, StoreError
-from lightning_unfreeze.stages import Stage
+from lightning_unfreeze.features.fill import FeaturePass
+from lightning_unfreeze.features.store import FeatureStore, StoreError
+from lightning_unfreeze.stages.plan import Stage
 from tests.conftest import (
     SmallNet,
     UserModule,

@@ -18,8 +18,8 @@ from lightning_unfreeze.callbacks.precompute import PrecomputeFeatures
 from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.tta import TTAEval
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
-from lightning_unfreeze.loaders import EpochSampler, KeyedDataset, ResumableLoader
-from lightning_unfreeze.stages import Stage
+from lightning_unfreeze.data.loaders import EpochSampler, KeyedDataset, ResumableLoader
+from lightning_unfreeze.stages.plan import Stage
 from tests.conftest import UserModule, loader, quiet_trainer, random_images, same_weights, weights_of
 
 CUDA, MPS = torch.cuda.is_available(), torch.backends.mps.is_available()

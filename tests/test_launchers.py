@@ -23,7 +23,7 @@ from torch import nn
 
 from lightning_unfreeze.callbacks.base import StageCallback
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
-from lightning_unfreeze.stages import Stage
+from lightning_unfreeze.stages.plan import Stage
 from tests.conftest import SmallNet, UserModule, keyed_loader, loader, quiet_trainer, random_images
 from tests.test_distributed import needs_fork, ranks_differ_by
 

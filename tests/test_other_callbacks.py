@@ -29,7 +29,7 @@ from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage
 from lightning_unfreeze.callbacks.precompute import PrecomputeFeatures
 from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
-from lightning_unfreeze.stages import Stage
+from lightning_unfreeze.stages.plan import Stage
 from tests.conftest import (
     SmallNet,
     UserModule,

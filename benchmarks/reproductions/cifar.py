@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_unfreeze import CosineRestarts, GradualUnfreeze, Stage
-from lightning_unfreeze.loaders import EpochSampler, ResumableLoader
+from lightning_unfreeze.data.loaders import EpochSampler, ResumableLoader
 from lightning_unfreeze.seeding import keyed_rng
-from lightning_unfreeze.study.shifts import SHIFTS
+from lightning_unfreeze.study.design.shifts import SHIFTS
 
 CHANNELS = (16, 32, 64, 64, 64)
 DIGITS_NOTE = "digits: a smoke test of the script; it says nothing about the science"

@@ -20,10 +20,10 @@ from cifar import DIGITS_NOTE, Transfer, write_table
 from jsonargparse import auto_cli
 
 from lightning_unfreeze import Stage
-from lightning_unfreeze.study.arms import Arm, Recipe
-from lightning_unfreeze.study.records import RunRecord
+from lightning_unfreeze.study.design.arms import Arm, Recipe
+from lightning_unfreeze.study.judge.statistics import paired_t_interval
 from lightning_unfreeze.study.runner import Study
-from lightning_unfreeze.study.statistics import paired_t_interval
+from lightning_unfreeze.study.runs.records import RunRecord
 
 BATCH_NORM = ("train", "frozen")
 PILOT = {

@@ -20,9 +20,9 @@ import torch
 from cifar import DIGITS_NOTE, Transfer, write_table
 from jsonargparse import auto_cli
 
-from lightning_unfreeze.study.arms import Recipe
-from lightning_unfreeze.study.result import StudyResult
+from lightning_unfreeze.study.design.arms import Recipe
 from lightning_unfreeze.study.runner import Study
+from lightning_unfreeze.study.show.result import StudyResult
 
 PILOT = {
     "full9": (64.78, None),

@@ -20,7 +20,7 @@ from cifar import DIGITS_NOTE, Data, TinyCNN, accuracy, halves, load, train, wri
 from jsonargparse import auto_cli
 
 from lightning_unfreeze.seeding import keyed_rng
-from lightning_unfreeze.study.statistics import paired_t_interval
+from lightning_unfreeze.study.judge.statistics import paired_t_interval
 
 TREATMENTS = ("AnB", "AnB+", "BnB", "BnB+", "RnB")
 SPLITS = {"random 0": halves(0), "random 1": halves(1), "dissimilar": ([0, 1, 8, 9], [2, 3, 4, 5, 6, 7])}

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from lightning_unfreeze.stages import MAX_STAGE_EPOCHS, Stage
+from lightning_unfreeze.stages.plan import MAX_STAGE_EPOCHS, Stage
 
 
 @dataclass(frozen=True)

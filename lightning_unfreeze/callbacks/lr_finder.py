@@ -19,10 +19,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_unfreeze.callbacks.base import StageCallback, players, set_lr
+from lightning_unfreeze.inside_lightning.sandbox import batch_on_device, sandbox, training_loss
 from lightning_unfreeze.reporting import progress_bar, report_dir, save_figure, write_csv
-from lightning_unfreeze.sandbox import batch_on_device, sandbox, training_loss
-from lightning_unfreeze.schedules import SuggestionMethod, debiased_ema, diverged, exponential_ramp, suggest_lr
-from lightning_unfreeze.stages import Stage
+from lightning_unfreeze.stages.plan import Stage
+from lightning_unfreeze.stages.range_test_rules import (
+    SuggestionMethod,
+    debiased_ema,
+    diverged,
+    exponential_ramp,
+    suggest_lr,
+)
 
 _METHODS: tuple[SuggestionMethod, ...] = get_args(SuggestionMethod)
 _SMOOTHING = 0.98

@@ -16,11 +16,12 @@ from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSourc
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, SequentialSampler
 
-from lightning_unfreeze.batch_form import BatchForm, NoStoreError
 from lightning_unfreeze.callbacks.base import StageCallback, StageRun, leader
-from lightning_unfreeze.datasets import transform_of, with_transform
-from lightning_unfreeze.distributed import gather_objects
-from lightning_unfreeze.feature_data import (
+from lightning_unfreeze.data.datasets import transform_of, with_transform
+from lightning_unfreeze.features.batch_form import BatchForm, NoStoreError
+from lightning_unfreeze.features.fill import FeaturePass, StoredData, ViewedData, seconds, together
+from lightning_unfreeze.features.prefix import FrozenPrefix
+from lightning_unfreeze.features.serve import (
     FeatureDataset,
     check_loader,
     evaluation_transform,
@@ -28,13 +29,12 @@ from lightning_unfreeze.feature_data import (
     plain_dataset,
     probe_batch,
 )
-from lightning_unfreeze.feature_pass import FeaturePass, StoredData, ViewedData, seconds, together
-from lightning_unfreeze.feature_store import StoreDtype, prune
-from lightning_unfreeze.frozen_prefix import FrozenPrefix
-from lightning_unfreeze.sandbox import batch_on_device, in_eval_mode, sandbox
+from lightning_unfreeze.features.shortcut import Shortcut, check_step, find_shortcut, installed
+from lightning_unfreeze.features.store import StoreDtype, prune
+from lightning_unfreeze.inside_lightning.distributed import gather_objects
+from lightning_unfreeze.inside_lightning.sandbox import batch_on_device, in_eval_mode, sandbox
 from lightning_unfreeze.seeding import keyed_rng
-from lightning_unfreeze.shortcut import Shortcut, check_step, find_shortcut, installed
-from lightning_unfreeze.stages import Stage
+from lightning_unfreeze.stages.plan import Stage
 
 _PROBE_IMAGES = 8
 _CHOICES = {

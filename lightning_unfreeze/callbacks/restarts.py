@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lightning_unfreeze.callbacks.base import StageCallback, set_lr
 from lightning_unfreeze.reporting import is_due_to_log, report_dir
-from lightning_unfreeze.schedules import (
+from lightning_unfreeze.stages.plan import Stage, as_fraction, cycles_sum
+from lightning_unfreeze.stages.schedules import (
     cosine_restarts,
     cycle_at,
     cycling_momentum,
@@ -24,7 +25,6 @@ from lightning_unfreeze.schedules import (
     one_cycle,
     slanted_triangle,
 )
-from lightning_unfreeze.stages import Stage, as_fraction, cycles_sum
 
 _MORE_IS_BETTER, _LESS_IS_BETTER = ("acc", "f1", "auc", "auroc"), ("loss", "error")
 

@@ -21,14 +21,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from lightning_unfreeze.callbacks.base import StageCallback, players
-from lightning_unfreeze.datasets import innermost_dataset
-from lightning_unfreeze.logits_spy import LogitsSpy, NetworkCall, as_logits, find_target, shape_target
-from lightning_unfreeze.random_views import DrawingLoader, training_augmentation
+from lightning_unfreeze.data.datasets import innermost_dataset
 from lightning_unfreeze.reporting import save_figure
-from lightning_unfreeze.stages import Stage
-from lightning_unfreeze.tta_pass import LoaderPass, call_with, sampled_batches, snapshot_states, view_answers
-from lightning_unfreeze.tta_result import TTAResult, plot_flips, scores_of
-from lightning_unfreeze.views import (
+from lightning_unfreeze.stages.plan import Stage
+from lightning_unfreeze.tta.collect import LoaderPass, call_with, sampled_batches, snapshot_states, view_answers
+from lightning_unfreeze.tta.random_views import DrawingLoader, training_augmentation
+from lightning_unfreeze.tta.result import TTAResult, plot_flips, scores_of
+from lightning_unfreeze.tta.views import (
     VIEW_SETS,
     Activation,
     Merge,
@@ -38,6 +37,7 @@ from lightning_unfreeze.views import (
     merge_views,
     uncertainty,
 )
+from lightning_unfreeze.tta.watch import LogitsSpy, NetworkCall, as_logits, find_target, shape_target
 
 __all__ = ["TTAEval", "TTAResult", "merge_views"]
 

@@ -22,24 +22,18 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_unfreeze.callbacks.base import StageCallback, StageRun, players, set_lr
-from lightning_unfreeze.distributed import (
+from lightning_unfreeze.inside_lightning.distributed import (
     broadcast_buffers,
     gather_objects,
     rebuild_ddp,
     refuse_sync_batchnorm,
     refuse_untested_strategy,
 )
-from lightning_unfreeze.layer_groups import (
-    LayerGroup,
-    frozen_modules,
-    layer_groups,
-    rate_ratios,
-    select,
-    split_param_groups,
-)
+from lightning_unfreeze.layers.groups import LayerGroup, frozen_modules, layer_groups, select
+from lightning_unfreeze.layers.param_groups import rate_ratios, split_param_groups
 from lightning_unfreeze.seeding import rng_state, seed_all, set_rng_state
-from lightning_unfreeze.stage_journal import StageJournal
-from lightning_unfreeze.stages import Stage, check_plan, plan_epochs
+from lightning_unfreeze.stages.journal import StageJournal
+from lightning_unfreeze.stages.plan import Stage, check_plan, plan_epochs
 
 _LIGHTNING_DEFAULT_EPOCHS = 1000
 _SCHEDULERS_LISTS_PER_GROUP = frozenset(

@@ -4,9 +4,9 @@
 it to a study's records, and `plots` and `report` show the outcome together with its limits.
 """
 
-from lightning_unfreeze.study.arms import Arm, Recipe
-from lightning_unfreeze.study.merge import merge_studies
-from lightning_unfreeze.study.result import StudyResult, load_study
+from lightning_unfreeze.study.design.arms import Arm, Recipe
 from lightning_unfreeze.study.runner import Study
+from lightning_unfreeze.study.show.merge import merge_studies
+from lightning_unfreeze.study.show.result import StudyResult, load_study
 
 __all__ = ["Arm", "Recipe", "Study", "StudyResult", "load_study", "merge_studies"]

@@ -13,10 +13,10 @@ import lightning.pytorch as pl
 from jsonargparse import ArgumentParser
 
 from lightning_unfreeze.reporting import show, table_of
-from lightning_unfreeze.study.merge import merge_studies
-from lightning_unfreeze.study.result import load_study
+from lightning_unfreeze.study.judge.verdict import exit_code
 from lightning_unfreeze.study.runner import Study
-from lightning_unfreeze.study.verdict import exit_code
+from lightning_unfreeze.study.show.merge import merge_studies
+from lightning_unfreeze.study.show.result import load_study
 
 COMMANDS = ("plan", "run", "report", "merge")
 

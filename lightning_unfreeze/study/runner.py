@@ -21,10 +21,9 @@ from tqdm.auto import tqdm
 
 import lightning_unfreeze
 from lightning_unfreeze.callbacks.tta import TTAEval
-from lightning_unfreeze.layer_groups import layer_groups
-from lightning_unfreeze.stages import Stage
-from lightning_unfreeze.study.analysis import Analysis, Axis, StudyInfo, skip_arm
-from lightning_unfreeze.study.arms import (
+from lightning_unfreeze.layers.groups import layer_groups
+from lightning_unfreeze.stages.plan import Stage
+from lightning_unfreeze.study.design.arms import (
     CORE,
     HEAD_ARM,
     REFERENCE,
@@ -35,11 +34,12 @@ from lightning_unfreeze.study.arms import (
     arm_names,
     make_arms,
 )
-from lightning_unfreeze.study.costs import Costs, kind_of, measure_costs
-from lightning_unfreeze.study.planning import StudyPlan, after_pilot, fit_budget, parse_duration
-from lightning_unfreeze.study.records import RunLog, RunRecord, run_key
-from lightning_unfreeze.study.result import StudyResult, load_study
-from lightning_unfreeze.study.run import Bench, DataModuleFn, ModelFn, Task, execute
+from lightning_unfreeze.study.judge.analysis import Analysis, Axis, StudyInfo, skip_arm
+from lightning_unfreeze.study.judge.planning import StudyPlan, after_pilot, fit_budget, parse_duration
+from lightning_unfreeze.study.runs.costs import Costs, kind_of, measure_costs
+from lightning_unfreeze.study.runs.records import RunLog, RunRecord, run_key
+from lightning_unfreeze.study.runs.run import Bench, DataModuleFn, ModelFn, Task, execute
+from lightning_unfreeze.study.show.result import StudyResult, load_study
 
 FIRST_TUNING_SEED = 1_000_000
 """Tuning seeds count from here, so that no study seed is one of them."""

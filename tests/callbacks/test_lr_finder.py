@@ -30,9 +30,9 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage, RangeTest
 from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
-from lightning_unfreeze.loaders import EpochSampler, KeyedDataset, ResumableLoader
+from lightning_unfreeze.data.loaders import EpochSampler, KeyedDataset, ResumableLoader
 from lightning_unfreeze.seeding import rng_state
-from lightning_unfreeze.stages import Stage
+from lightning_unfreeze.stages.plan import Stage
 from tests.conftest import SmallNet, UserModule, loader, quiet_trainer, random_images, same_weights, weights_of
 
 REPO = Path(__file__).parents[2]

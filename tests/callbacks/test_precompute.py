@@ -29,17 +29,17 @@ from torch.utils.data import (
 )
 from torchvision.transforms import v2
 
-from lightning_unfreeze import feature_store
 from lightning_unfreeze.callbacks import precompute
 from lightning_unfreeze.callbacks.base import StageCallback
 from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage
 from lightning_unfreeze.callbacks.precompute import PrecomputeFeatures
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
-from lightning_unfreeze.feature_pass import FeaturePass
-from lightning_unfreeze.layer_groups import layer_groups
-from lightning_unfreeze.loaders import EpochSampler, KeyedDataset, ResumableLoader
-from lightning_unfreeze.shortcut import find_shortcut
-from lightning_unfreeze.stages import Stage
+from lightning_unfreeze.data.loaders import EpochSampler, KeyedDataset, ResumableLoader
+from lightning_unfreeze.features import store as feature_store
+from lightning_unfreeze.features.fill import FeaturePass
+from lightning_unfreeze.features.shortcut import find_shortcut
+from lightning_unfreeze.layers.groups import layer_groups
+from lightning_unfreeze.stages.plan import Stage
 from tests.conftest import SmallNet, UserModule, loader, quiet_trainer, random_images, same_weights, weights_of
 
 pytestmark = [

@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
-from lightning_unfreeze.loaders import EpochSampler, ResumableLoader
-from lightning_unfreeze.stages import Stage
+from lightning_unfreeze.data.loaders import EpochSampler, ResumableLoader
+from lightning_unfreeze.stages.plan import Stage
 from tests.conftest import quiet_trainer, same_weights, weights_of
 
 REPO = Path(__file__).parents[2]

@@ -15,8 +15,8 @@ from lightning_unfreeze.callbacks.base import StageCallback
 from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage
 from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
-from lightning_unfreeze.loaders import EpochSampler, KeyedDataset, ResumableLoader
-from lightning_unfreeze.stages import Stage
+from lightning_unfreeze.data.loaders import EpochSampler, KeyedDataset, ResumableLoader
+from lightning_unfreeze.stages.plan import Stage
 from tests.conftest import SmallNet, UserModule, loader, quiet_trainer, random_images, same_weights, weights_of
 
 pytestmark = [

@@ -25,7 +25,7 @@ from lightning_unfreeze.callbacks.base import StageCallback, StageRun
 from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.tta import TTAEval, merge_views
 from lightning_unfreeze.seeding import keyed_rng
-from lightning_unfreeze.stages import Stage
+from lightning_unfreeze.stages.plan import Stage
 
 CLASSES = 3
 

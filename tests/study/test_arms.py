@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_unfreeze.layer_groups import select
-from lightning_unfreeze.stages import Stage, check_plan
-from lightning_unfreeze.study.arms import (
+from lightning_unfreeze.layers.groups import select
+from lightning_unfreeze.stages.plan import Stage, check_plan
+from lightning_unfreeze.study.design.arms import (
     ALL,
     CORE,
     Arm,

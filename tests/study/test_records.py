@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_unfreeze.study.records import CurvePoint, RunLog, RunRecord, pack_correct, run_key, unpack_correct
+from lightning_unfreeze.study.runs.records import CurvePoint, RunLog, RunRecord, pack_correct, run_key, unpack_correct
 
 
 def _record(key: str = "k", **changes: object) -> RunRecord:

@@ -12,11 +12,11 @@ import pandas as pd
 import pytest
 from matplotlib.image import imread
 
-from lightning_unfreeze.study.analysis import Analysis, StudyInfo
-from lightning_unfreeze.study.plots import PLOTS
-from lightning_unfreeze.study.records import CurvePoint, RunRecord, pack_correct
-from lightning_unfreeze.study.report import comparison_table, cost_table, pairwise_table, write_report
-from lightning_unfreeze.study.verdict import exit_code, judge
+from lightning_unfreeze.study.judge.analysis import Analysis, StudyInfo
+from lightning_unfreeze.study.judge.verdict import exit_code, judge
+from lightning_unfreeze.study.runs.records import CurvePoint, RunRecord, pack_correct
+from lightning_unfreeze.study.show.plots import PLOTS
+from lightning_unfreeze.study.show.report import comparison_table, cost_table, pairwise_table, write_report
 
 N_TEST = 1000
 INFO = StudyInfo("pets", 500, N_TEST, "resnet18", "ImageNet")
@@ -82,7 +82,7 @@ def exact(differences: dict[str, list[float]]) -> list[RunRecord]:
 @pytest.fixture
 def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw every figure but skip its pixels, which take most of a report's time."""
-    monkeypatch.setattr("lightning_unfreeze.study.report._png", lambda figure: b"")
+    monkeypatch.setattr("lightning_unfreeze.study.show.report._png", lambda figure: b"")
 
 
 class Page(HTMLParser):

@@ -19,20 +19,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_unfreeze import DigitsData, ImageFolderData, Stage, TransferClassifier
 from lightning_unfreeze.cli import main
-from lightning_unfreeze.plan import FLOP_FORMULAS
+from lightning_unfreeze.preview.costs import FLOP_FORMULAS
 from lightning_unfreeze.study import runner
-from lightning_unfreeze.study.arms import Arm, Recipe
-from lightning_unfreeze.study.costs import Costs, StageCost
-from lightning_unfreeze.study.data import StudyData
-from lightning_unfreeze.study.distortion import linear_cka
-from lightning_unfreeze.study.merge import merge_studies
-from lightning_unfreeze.study.planning import fit_budget, parse_duration
-from lightning_unfreeze.study.records import CurvePoint, RunLog, RunRecord, pack_correct
-from lightning_unfreeze.study.result import load_study
-from lightning_unfreeze.study.run import trains_batch_norm
+from lightning_unfreeze.study.design.arms import Arm, Recipe
+from lightning_unfreeze.study.design.data import StudyData
+from lightning_unfreeze.study.design.shifts import SHIFTS, shifted_accuracy
+from lightning_unfreeze.study.judge.planning import fit_budget, parse_duration
+from lightning_unfreeze.study.judge.statistics import seeds_for_equivalence, seeds_to_detect
 from lightning_unfreeze.study.runner import FIRST_TUNING_SEED, PILOT_SEEDS, Study
-from lightning_unfreeze.study.shifts import SHIFTS, shifted_accuracy
-from lightning_unfreeze.study.statistics import seeds_for_equivalence, seeds_to_detect
+from lightning_unfreeze.study.runs.costs import Costs, StageCost
+from lightning_unfreeze.study.runs.distortion import linear_cka
+from lightning_unfreeze.study.runs.records import CurvePoint, RunLog, RunRecord, pack_correct
+from lightning_unfreeze.study.runs.run import trains_batch_norm
+from lightning_unfreeze.study.show.merge import merge_studies
+from lightning_unfreeze.study.show.result import load_study
 
 CLASSES = (5, 6)
 RECIPE = Recipe(cached_epochs=1, augmented_epochs=1, num_cycles=2)
@@ -673,7 +673,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "study.yaml"
 def test_cli_report__exits_with_the_verdict(
     effects: list[float], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lightning_unfreeze.study.report._png", lambda figure: b"")
+    monkeypatch.setattr("lightning_unfreeze.study.show.report._png", lambda figure: b"")
     folder = fake_study(tmp_path / "s", "pets", {"skip34@flops": effects})
     if code:
         with pytest.raises(SystemExit) as stop:

@@ -1,0 +1,1 @@
+"""Images from folders, their labels, and loaders that know their place."""

@@ -1,0 +1,1 @@
+"""Layer groups of a network, and the param groups they make."""

@@ -1,0 +1,1 @@
+"""What a plan would do, without training: costs and range tests."""

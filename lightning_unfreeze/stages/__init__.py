@@ -1,0 +1,1 @@
+"""A run's plan, its schedules, and the record of what happened: arithmetic first, Lightning last."""

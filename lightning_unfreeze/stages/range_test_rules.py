@@ -1,0 +1,209 @@
+"""The arithmetic of a range test: ramps, smoothing, and what a curve suggests. Pure functions, numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lightning_unfreeze.stages.schedules import check
+
+FloatArray: TypeAlias = NDArray[np.float64]
+SuggestionMethod = Literal["valley", "slide", "minimum/10", "steep", "still_improving"]
+
+_MIN_POINTS = 5  # fewer points than this are not a curve
+_SLIDE_WIDTH, _SLIDE_THRESHOLD = 15, 0.005  # fastai's defaults
+_STILL_CLEAR = 0.5  # share of the steepest slope that counts as clearly improving
+# A fall is a signal above this many standard deviations of what noise alone would do on the way to the lowest loss.
+# Measured on flat Gaussian noise of 100 steps: none of 500 curves passes raw, 3 to 6 in 100 after an EMA (0.98, 0.9).
+_WANDERING, _WHITE = 2.5, 4.5
+_WHITE_BELOW = -0.37  # lag-1 correlation of the differences: -0.5 for white noise, near -0.1 for smoothed noise
+_FLOAT32_NOISE = 1e-6
+
+
+def exponential_ramp(start: float, end: float, num_steps: int) -> FloatArray:
+    """`num_steps` rates from `start` to `end`, both included, each the same factor above the one before.
+
+    >>> exponential_ramp(0.001, 1, 4).round(3).tolist()
+    [0.001, 0.01, 0.1, 1.0]
+    """
+    _check_ramp(start, end, num_steps)
+    return np.geomspace(start, end, num_steps)
+
+
+def linear_ramp(start: float, end: float, num_steps: int) -> FloatArray:
+    """`num_steps` rates from `start` to `end`, both included, equally spaced.
+
+    >>> linear_ramp(0.25, 1, 4).tolist()
+    [0.25, 0.5, 0.75, 1.0]
+    """
+    _check_ramp(start, end, num_steps)
+    return np.linspace(start, end, num_steps)
+
+
+def debiased_ema(losses: Sequence[float] | NDArray[Any], beta: float = 0.98) -> FloatArray:
+    """Exponential moving average, divided by its weights' sum so that it starts at the first loss and not at 0.
+
+    Args:
+        losses: one per step, shape `(N,)`; a NaN makes the rest NaN.
+        beta: weight of the past, in [0, 1).
+
+    >>> debiased_ema([1.0, 2.0], beta=0.5).round(3).tolist()
+    [1.0, 1.667]
+    """
+    check(0 <= beta < 1, "beta", beta, "in [0, 1)")
+    average, smoothed = 0.0, []
+    for step, loss in enumerate(losses, start=1):
+        average = beta * average + (1 - beta) * float(loss)
+        smoothed.append(average / (1 - beta**step))
+    return np.array(smoothed, dtype=np.float64)
+
+
+def diverged(losses: Sequence[float] | NDArray[Any], factor: float = 4.0) -> bool:
+    """Whether the last loss says that the rate has become too high.
+
+    True if any loss is NaN or infinite, or if the last one is more than `factor - 1` units above the lowest. The unit
+    is the size of the lowest loss or the fall down to it, whichever is more. For positive losses that is in general the
+    usual "`factor` times the best", which fails where the best loss is negative or close to 0.
+
+    Args:
+        losses: smoothed losses so far, shape `(N,)`.
+        factor: above 1.
+
+    >>> diverged([2.3, 1.6, 6.3]), diverged([2.3, 1.6, 6.5]), diverged([-2.7, -3.0, -2.9])
+    (False, True, False)
+    """
+    check(factor > 1, "factor", factor, "above 1")
+    curve = np.asarray(losses, dtype=np.float64)
+    if not curve.size:
+        return False
+    if not np.isfinite(curve).all():
+        return True
+    lowest = int(curve.argmin())
+    best = curve[lowest]
+    unit = max(abs(best), curve[: lowest + 1].max() - best)
+    # unit 0: the first loss was exactly 0 and is the lowest, there is nothing yet to measure a rise with
+    return bool(unit > 0 and curve[-1] - best > (factor - 1) * unit)
+
+
+def suggest_lr(lrs: ArrayLike, losses: ArrayLike, method: SuggestionMethod = "valley") -> float | None:
+    """The learning rate that a range test suggests, or None if its curve carries no signal.
+
+    The curve is taken as given (smooth it and cut its ends first) up to its first loss that is not finite. The first
+    four methods are fastai 2's rules.
+
+    * `valley`: into the longest decreasing subsequence by a third and a sixth of its length, counted from its end.
+    * `slide`: the lowest rate of the right end over which the slope differs from that 15 points higher by over 0.005.
+    * `minimum/10`: a tenth of the rate of the lowest loss.
+    * `steep`: the rate where the loss falls fastest per log rate.
+    * `still_improving`: the highest rate, up to that of the lowest loss, at which the loss still falls at least half as
+      fast per log rate as where it falls fastest. Slopes are least-squares lines through a point and a twentieth of
+      the curve (at least one point) to each side.
+
+    No signal: fewer than 5 points (16 for `slide`); the lowest loss within the first tenth or the first 3 points (a
+    rising curve); or a fall, from the median of the first tenth to the lowest loss, that noise alone would give. Noise
+    is read off the second differences on the way down, which a smooth fall hardly touches, so the rule holds for losses
+    of any sign and scale. Smoothed noise wanders: N steps of size s reach `s * sqrt(N)`, and the fall must be above 2.5
+    times that. In a raw curve (differences that alternate: lag-1 correlation under -0.37) noise does not wander, and
+    4.5 standard deviations will do.
+
+    Args:
+        lrs: rates of the test, increasing, shape `(N,)`.
+        losses: loss at each rate, shape `(N,)`.
+        method: the rule.
+
+    Returns:
+        A rate, or None.
+
+    Raises:
+        ValueError: if the shapes differ, the rates do not increase from above 0, or the method is unknown.
+
+    >>> lrs = exponential_ramp(1e-6, 1, 61)
+    >>> round(suggest_lr(lrs, 2 - np.exp(-((np.log10(lrs) + 2) ** 2)), "minimum/10"), 9)
+    0.001
+    """
+    rates, curve = np.asarray(lrs, dtype=np.float64), np.asarray(losses, dtype=np.float64)
+    if rates.ndim != 1 or rates.shape != curve.shape:
+        raise ValueError(f"lrs and losses must be one-dimensional and of one length, got {rates.shape}, {curve.shape}")
+    if not (np.isfinite(rates).all() and (rates > 0).all() and (np.diff(rates) > 0).all()):
+        raise ValueError("lrs must be finite, above 0 and increasing: pass the rates of the range test in their order")
+    if method not in _RULES:
+        raise ValueError(f"method={method!r} is not accepted: it must be one of {', '.join(_RULES)}")
+    bad = np.flatnonzero(~np.isfinite(curve))
+    if bad.size:
+        rates, curve = rates[: bad[0]], curve[: bad[0]]
+    if curve.size < (_SLIDE_WIDTH + 1 if method == "slide" else _MIN_POINTS) or not _has_signal(curve):
+        return None
+    return float(_RULES[method](rates, curve))
+
+
+def _has_signal(curve: FloatArray) -> bool:
+    head, lowest = max(1, curve.size // 10), int(curve.argmin())
+    fall = float(np.median(curve[:head])) - curve[lowest]
+    if lowest < max(3, head) or fall <= _FLOAT32_NOISE * np.abs(curve).max():
+        return False
+    steps = np.diff(curve[: lowest + 1])
+    bends = np.diff(steps)
+    power = float(bends @ bends)
+    # white noise of deviation s has second differences of variance 6 s^2, a random walk of step s of variance 2 s^2
+    if _lag_1_correlation(steps) < _WHITE_BELOW:
+        return bool(fall > _WHITE * np.sqrt(power / bends.size / 6))
+    return bool(fall > _WANDERING * np.sqrt(power / 2))
+
+
+def _lag_1_correlation(steps: FloatArray) -> float:
+    window = 9  # the trend goes out with a running mean, or with the mean where the curve is too short for one
+    trend = np.convolve(steps, np.ones(window) / window, "same") if steps.size >= 2 * window else steps.mean()
+    rest = steps - trend
+    power = float(rest @ rest)
+    return float(rest[1:] @ rest[:-1]) / power if power else 0.0
+
+
+def _valley(rates: FloatArray, curve: FloatArray) -> float:
+    longest = np.ones(curve.size, dtype=np.int64)  # decreasing subsequence that ends at each point
+    for i in range(1, curve.size):
+        longest[i] += longest[:i][curve[:i] > curve[i]].max(initial=0)
+    end = int(longest.argmax())
+    length = int(longest[end])
+    return float(rates[end - length + length // 3 + length // 6])
+
+
+def _slide(rates: FloatArray, curve: FloatArray) -> float:
+    slope = np.gradient(curve)
+    alike = np.flatnonzero(np.abs(slope[_SLIDE_WIDTH:] - slope[:-_SLIDE_WIDTH]) <= _SLIDE_THRESHOLD)
+    right_end = rates[:-_SLIDE_WIDTH]
+    return float(right_end[min(alike[-1] + 1, right_end.size - 1)] if alike.size else rates[0])
+
+
+def _minimum_over_10(rates: FloatArray, curve: FloatArray) -> float:
+    return float(rates[curve.argmin()] / 10)
+
+
+def _steep(rates: FloatArray, curve: FloatArray) -> float:
+    return float(rates[(np.diff(curve) / np.diff(np.log(rates))).argmin()])
+
+
+def _still_improving(rates: FloatArray, curve: FloatArray) -> float:
+    log_rates, reach, lowest = np.log(rates), max(1, curve.size // 20), int(curve.argmin())
+    slopes = np.empty(lowest + 1)
+    for i in range(lowest + 1):
+        near = slice(max(0, i - reach), i + reach + 1)
+        x = log_rates[near] - log_rates[near].mean()
+        slopes[i] = x @ curve[near] / (x @ x)
+    return float(rates[np.flatnonzero(slopes <= _STILL_CLEAR * slopes.min())[-1]])
+
+
+_RULES: dict[str, Callable[[FloatArray, FloatArray], float]] = {
+    "valley": _valley,
+    "slide": _slide,
+    "minimum/10": _minimum_over_10,
+    "steep": _steep,
+    "still_improving": _still_improving,
+}
+
+
+def _check_ramp(start: float, end: float, num_steps: int) -> None:
+    check(0 < start < end < float("inf"), "(start, end)", (start, end), "rates with 0 < start < end")
+    check(num_steps >= 2, "num_steps", num_steps, "at least 2")

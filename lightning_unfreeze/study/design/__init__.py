@@ -1,0 +1,1 @@
+"""What a study runs: arms, data, shifted images."""

@@ -1,0 +1,1 @@
+"""One run of a study, what it costs, and the record it leaves."""
