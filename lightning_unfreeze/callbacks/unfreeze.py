@@ -180,7 +180,7 @@ class GradualUnfreeze(StageCallback):
         for stage in self.stages:
             try:
                 chosen = select(self.groups, stage.train)
-                rate_ratios(list(self.groups), stage.lr_mult)
+                rate_ratios(list(self.groups), stage.lr_mult, stage.lr_span)
             except ValueError as error:
                 raise MisconfigurationException(f"stage {stage.name!r}: {error}") from None
             first = next(iter(self.groups))
@@ -241,7 +241,9 @@ class GradualUnfreeze(StageCallback):
 
     def _sets_rates(self, trainer: pl.Trainer) -> bool:
         writers = [player for player in players(trainer) if player.writes_rates]
-        return bool(writers) or any(stage.lr is not None or stage.lr_mult != 1 for stage in self.stages)
+        return bool(writers) or any(
+            stage.lr is not None or stage.lr_mult != 1 or stage.lr_span is not None for stage in self.stages
+        )
 
     # --- stages ----------------------------------------------------------------------------------------------------
 
@@ -310,7 +312,7 @@ class GradualUnfreeze(StageCallback):
         if not self._sets_rates(trainer):
             return
         chosen = select(self.groups, run.stage.train)
-        ratios = rate_ratios(list(self.groups), run.stage.lr_mult)
+        ratios = rate_ratios(list(self.groups), run.stage.lr_mult, run.stage.lr_span)
         for group in trainer.optimizers[0].param_groups:
             peak = run.stage.lr if isinstance(run.stage.lr, float | int) else group["given_lr"]
             trains = group["layer_group"] in chosen

@@ -11,12 +11,15 @@ import torch
 from lightning_unfreeze.layers.groups import LayerGroup
 
 
-def rate_ratios(groups: Sequence[str], lr_mult: float | Sequence[float]) -> dict[str, float]:
+def rate_ratios(
+    groups: Sequence[str], lr_mult: float | Sequence[float] = 1.0, lr_span: float | None = None
+) -> dict[str, float]:
     """The factor of each layer group on the stage's learning rate (Howard & Ruder 2018, section 3.2).
 
     Args:
         groups: All group names, input first; frozen ones count too, so a group has one ratio in every stage.
         lr_mult: Factor from one group to the next one towards the input, the last group has 1; or one per group.
+        lr_span: Instead of `lr_mult`: factor of the first group, those between lie on a geometric ramp up to 1.
 
     Raises:
         ValueError: If a list does not have one factor per group.
@@ -24,7 +27,12 @@ def rate_ratios(groups: Sequence[str], lr_mult: float | Sequence[float]) -> dict
     Example:
         >>> rate_ratios(["stem", "layer1", "head"], 0.1)["layer1"]
         0.1
+        >>> rate_ratios(["stem", "layer1", "head"], lr_span=1 / 9)["layer1"]
+        0.3333333333333333
     """
+    if lr_span is not None:
+        steps = max(1, len(groups) - 1)
+        return {name: lr_span ** ((len(groups) - 1 - index) / steps) for index, name in enumerate(groups)}
     if isinstance(lr_mult, int | float):
         return {name: lr_mult ** (len(groups) - 1 - index) for index, name in enumerate(groups)}
     if len(lr_mult) != len(groups):

@@ -147,7 +147,7 @@ class _PlanProbe(Probe):
         share = frozen_flops / step_flops if stage.precompute and step_flops else 0.0
         # a stored stage runs the frozen part once for every image, and only the rest on every epoch
         passes = stage.num_epochs * (1 - share) + share
-        ratios = rate_ratios(list(self.groups), stage.lr_mult)
+        ratios = rate_ratios(list(self.groups), stage.lr_mult, stage.lr_span)
         given = {group["layer_group"]: group["given_lr"] for group in trainer.optimizers[0].param_groups}
         rates = [_rate(stage, given[name], ratios[name]) for name in (trained[0], trained[-1])]
         return {

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Literal
 
 MAX_STAGE_EPOCHS = 100_000
 """Longest stage that is taken for meant: a mistyped `cycle_mult` grows a stage beyond any budget."""
+_PATIENCE_EPOCHS = 3
 
 
 @dataclass(frozen=True)
@@ -18,25 +19,37 @@ class Stage:
 
     Args:
         name: Unique within the plan; names the stage in logs, files and errors.
-        train: `"head"` (the last layer group), `"all"`, an int (that many layer groups from the top, head included), or
-            a list of layer-group names or globs (surgical fine-tuning, e.g. `["stem", "layer1*"]`).
-        epochs: Length in epochs; or leave it out and give cycles.
+        train: `"head"` (the last layer group), `"all"`, an int (that many layer groups from the top, head included),
+            `"adapters"` (every PEFT adapter, and the head), or a list of layer-group names or globs (surgical
+            fine-tuning, e.g. `["stem", "layer1*"]`).
+        epochs: Length in epochs (at most, with `until="plateau"`); or leave it out and give cycles.
         lr: Peak learning rate of the last layer group; `"find"` for a range test at the start of the stage; None for
             the rates that the optimizer was given.
         lr_mult: Factor from one layer group to the next one towards the input, in (0, 1]; or one factor per layer
-            group, input first. `1/3` and `1/10` are the ends of fast.ai's "3x-10x lower" for earlier layers.
+            group, input first.
         precompute: Run the frozen part once and train the rest on its stored activations.
         cycle_len: Length of the first cosine cycle in epochs, may be a fraction. None: the rate stays constant.
         cycle_mult: Length of a cycle over the length of the one before it.
-        num_cycles: Number of cycles; with `until="overfit"` the most there can be.
-        until: `"overfit"` ends the stage at the first cycle end that brought no improvement.
+        num_cycles: Number of cycles; with `until` the most there can be.
+        until: `"overfit"` ends the stage at the first cycle end that brought no improvement; `"plateau"` after
+            `patience_epochs` epochs without one, with or without cycles.
+        lr_span: Instead of `lr_mult`: rate of the first layer group over that of the last, in (0, 1], spread
+            geometrically over the groups between, so that it means the same on networks of 6 and of 30 groups.
+            `1/9` is fast.ai's `[lr/9, lr/3, lr]` for data unlike the pretraining data, `1/100` for data like it.
+        solve: Solve the head on the stored features (multinomial logistic regression) instead of training it. Such a
+            stage has no rate and no length of its own: in its one epoch the solved head is scored and nothing moves.
+        patience_epochs: Epochs without improvement that end a stage with `until="plateau"`.
+        image_size_px: Side of the images in this stage, for a data module with `set_image_size` (progressive
+            resizing: small images first); None leaves the size that the data has.
 
     Raises:
-        ValueError: For an impossible value, or epochs and cycles that disagree.
+        ValueError: For an impossible value, or options that disagree.
 
     Example:
-        >>> Stage("full", train="all", lr_mult=1 / 3, cycle_len=1, cycle_mult=2, num_cycles=3).num_epochs
+        >>> Stage("full", train="all", lr_span=1 / 9, cycle_len=1, cycle_mult=2, num_cycles=3).num_epochs
         7
+        >>> Stage("head", train="head", precompute=True, solve=True).num_epochs
+        1
     """
 
     name: str
@@ -48,12 +61,21 @@ class Stage:
     cycle_len: float | None = None
     cycle_mult: float = 1
     num_cycles: int = 1
-    until: Literal["overfit"] | None = None
+    until: Literal["overfit", "plateau"] | None = None
+    lr_span: float | None = None
+    solve: bool = False
+    patience_epochs: int = _PATIENCE_EPOCHS
+    image_size_px: int | None = None
 
     def __post_init__(self) -> None:
         self._check_what_trains()
         self._check_rates()
-        self._check_length()
+        self._check_counts()
+        if self.solve:
+            self._check_solved()
+        else:
+            self._check_length()
+            self._check_until()
 
     def _refuse(self, reason: str) -> ValueError:
         return ValueError(f"stage {self.name!r}: {reason}")
@@ -63,9 +85,13 @@ class Stage:
             raise ValueError(f"a stage needs a name that is not empty and has no '/' in it, got name={self.name!r}")
         train = self.train
         if isinstance(train, bool) or not isinstance(train, str | int | list | tuple):
-            raise self._refuse(f"train={train!r} is not 'head', 'all', a number of layer groups or a list of names")
-        if isinstance(train, str) and train not in ("head", "all"):
-            raise self._refuse(f"train={train!r} is not 'head' or 'all'; for layer groups by name write [{train!r}]")
+            raise self._refuse(
+                f"train={train!r} is not 'head', 'all', 'adapters', a number of layer groups or a list of names"
+            )
+        if isinstance(train, str) and train not in ("head", "all", "adapters"):
+            raise self._refuse(
+                f"train={train!r} is not 'head', 'all' or 'adapters'; for layer groups by name write [{train!r}]"
+            )
         if isinstance(train, int) and train < 1:
             raise self._refuse(f"train={train} layer groups; at least 1 has to train")
         if isinstance(train, list | tuple) and not (train and all(isinstance(name, str) for name in train)):
@@ -85,22 +111,44 @@ class Stage:
                 f"lr_mult={self.lr_mult!r} has to lie in (0, 1]: earlier layer groups never train faster"
             )
 
-    def _check_length(self) -> None:
-        for option in ("epochs", "num_cycles"):
+        if self.lr_span is None:
+            return
+        if not (_is_positive(self.lr_span) and self.lr_span <= 1):
+            raise self._refuse(
+                f"lr_span={self.lr_span!r} has to lie in (0, 1]: the first layer group's rate over the last one's"
+            )
+        if self.lr_mult != 1:
+            raise self._refuse(f"lr_span={self.lr_span!r} and lr_mult={self.lr_mult!r} say the same twice; give one")
+
+    def _check_counts(self) -> None:
+        for option in ("epochs", "num_cycles", "patience_epochs", "image_size_px"):
             value = getattr(self, option)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise self._refuse(f"{option}={value!r} has to be a whole number of at least 1")
         if not _is_positive(self.cycle_mult):
             raise self._refuse(f"cycle_mult={self.cycle_mult!r} has to be above 0 and finite")
+        if self.patience_epochs != _PATIENCE_EPOCHS and self.until != "plateau":
+            raise self._refuse(f"patience_epochs={self.patience_epochs} goes with until='plateau', got {self.until!r}")
+
+    def _check_solved(self) -> None:
+        if self.train != "head" or not self.precompute:
+            raise self._refuse(
+                f"solve=True solves the head on stored features and needs train='head', precompute=True; got "
+                f"train={self.train!r}, precompute={self.precompute}"
+            )
+        untouched = {field.name: field.default for field in fields(self)}
+        for option in ("lr", "lr_mult", "lr_span", "epochs", "cycle_len", "cycle_mult", "num_cycles", "until"):
+            if getattr(self, option) != untouched[option]:
+                raise self._refuse(
+                    f"solve=True takes no rate and no length, got {option}={getattr(self, option)!r}; leave it out"
+                )
+
+    def _check_length(self) -> None:
         if self.cycle_len is None:
             if self.epochs is None:
                 raise self._refuse("has no length; give epochs=..., or cycle_len=... with num_cycles=...")
             if self.num_cycles != 1 or self.cycle_mult != 1:
                 raise self._refuse(f"num_cycles={self.num_cycles}, cycle_mult={self.cycle_mult} need a cycle_len")
-            if self.until is not None:
-                raise self._refuse(
-                    f"until={self.until!r} is judged at cycle ends; give cycle_len=... and num_cycles=..."
-                )
             return
         if not _is_positive(self.cycle_len):
             raise self._refuse(f"cycle_len={self.cycle_len!r} epochs has to be above 0 and finite")
@@ -110,18 +158,33 @@ class Stage:
             total_epochs = cycles_sum(self.cycle_len, self.cycle_mult, self.num_cycles)
         except OverflowError:
             total_epochs = Fraction(MAX_STAGE_EPOCHS + 1)
-        cycles = f"{self.num_cycles} cycles from cycle_len={self.cycle_len} with cycle_mult={self.cycle_mult}"
         if total_epochs > MAX_STAGE_EPOCHS:
-            raise self._refuse(f"{cycles} last more than {MAX_STAGE_EPOCHS} epochs")
+            raise self._refuse(f"{self._cycles} last more than {MAX_STAGE_EPOCHS} epochs")
         if self.epochs is not None and self.epochs != math.ceil(total_epochs):
             raise self._refuse(
-                f"epochs={self.epochs}, but {cycles} last {float(total_epochs):g} epochs; leave one of the two out"
+                f"epochs={self.epochs}, but {self._cycles} last {float(total_epochs):g} epochs; leave one of the two "
+                "out"
             )
+
+    def _check_until(self) -> None:
+        if self.until not in (None, "overfit", "plateau"):
+            raise self._refuse(f"until={self.until!r} is not 'overfit', 'plateau' or None")
         if self.until == "overfit":
+            if self.cycle_len is None:
+                raise self._refuse("until='overfit' is judged at cycle ends; give cycle_len=... and num_cycles=...")
             if self.num_cycles < 2:
                 raise self._refuse("until='overfit' compares cycle ends and needs num_cycles of at least 2 (the most)")
             if any(length.denominator != 1 for length in self.cycle_epochs):
-                raise self._refuse(f"until='overfit' needs cycles of whole epochs, {cycles} are not")
+                raise self._refuse(f"until='overfit' needs cycles of whole epochs, {self._cycles} are not")
+        if self.until == "plateau" and self.patience_epochs >= self.num_epochs:
+            raise self._refuse(
+                f"until='plateau' with patience_epochs={self.patience_epochs} never ends a stage of at most "
+                f"{self.num_epochs} epochs; allow more epochs, or less patience"
+            )
+
+    @property
+    def _cycles(self) -> str:
+        return f"{self.num_cycles} cycles from cycle_len={self.cycle_len} with cycle_mult={self.cycle_mult}"
 
     @property
     def cycle_epochs(self) -> list[Fraction]:
@@ -133,7 +196,12 @@ class Stage:
 
     @property
     def num_epochs(self) -> int:
-        """Whole epochs of the stage (at most, with `until`); cycles that end inside an epoch round up to its end."""
+        """Whole epochs of the stage (at most, with `until`); cycles that end inside an epoch round up to its end.
+
+        1 for a solved stage: its head is validated, saved and reported as after any epoch, but nothing is trained.
+        """
+        if self.solve:
+            return 1
         if self.epochs is not None:
             return self.epochs
         return math.ceil(sum(self.cycle_epochs))
@@ -148,6 +216,12 @@ class Stage:
             needs["lr='find'"] = "LRFinderPerStage"
         if self.cycle_len is not None:
             needs[f"cycle_len={self.cycle_len}"] = "CosineRestarts"
+        if self.until == "plateau":
+            needs["until='plateau'"] = "CosineRestarts"
+        if self.solve:
+            needs["solve=True"] = "SolveHead"
+        if self.image_size_px is not None:
+            needs[f"image_size_px={self.image_size_px}"] = "ImageSizePerStage"
         return needs
 
 

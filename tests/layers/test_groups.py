@@ -622,6 +622,21 @@ def test_select__refuses_what_no_group_has(train, words) -> None:
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("num_groups", "expected"),
+    [
+        (1, [1]),
+        (2, [1 / 9, 1]),
+        (3, [1 / 9, 1 / 3, 1]),  # fast.ai's [lr/9, lr/3, lr]
+        (5, [1 / 9, 3**-1.5, 1 / 3, 3**-0.5, 1]),
+    ],
+)
+def test_rate_ratios__of_a_span_are_a_geometric_ramp_of_any_length(num_groups: int, expected: list[float]) -> None:
+    ratios = rate_ratios([str(index) for index in range(num_groups)], lr_span=1 / 9)
+    assert list(ratios.values()) == pytest.approx(expected, rel=1e-12)
+    assert ratios[str(num_groups - 1)] == 1
+
+
 def test_rate_ratios__fall_towards_the_input() -> None:
     assert rate_ratios(NAMES, 0.5) == {"stem": 1 / 16, "layer1": 1 / 8, "layer2": 1 / 4, "layer3": 1 / 2, "head": 1.0}
     assert rate_ratios(NAMES, 1) == dict.fromkeys(NAMES, 1)

@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import FrozenInstanceError
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonargparse import ArgumentParser
 
 from lightning_unfreeze.stages.plan import MAX_STAGE_EPOCHS, Stage, as_fraction, check_plan, cycles_sum, plan_epochs
+
+SOLVED: dict[str, Any] = {"train": "head", "precompute": True, "solve": True, "epochs": None}
 
 
 @pytest.mark.parametrize(
@@ -31,6 +36,12 @@ from lightning_unfreeze.stages.plan import MAX_STAGE_EPOCHS, Stage, as_fraction,
         ({"cycle_len": 1, "cycle_mult": 2, "num_cycles": 3, "epochs": 7}, [1, 2, 4], 7),
         ({"cycle_len": 1.5, "epochs": 2}, [Fraction(3, 2)], 2),
         ({"cycle_len": 1, "cycle_mult": 2, "num_cycles": 5, "until": "overfit"}, [1, 2, 4, 8, 16], 31),
+        # the most there can be
+        ({"epochs": 20, "until": "plateau"}, [], 20),
+        ({"epochs": 3, "until": "plateau", "patience_epochs": 2}, [], 3),
+        ({"cycle_len": 1.5, "num_cycles": 3, "until": "plateau"}, [Fraction(3, 2)] * 3, 5),
+        # scored, saved and reported as after any epoch
+        ({"train": "head", "precompute": True, "solve": True}, [], 1),
     ],
 )
 def test_stage__cycles_and_epochs_are_those_counted_by_hand(options: Any, cycles: list[Any], epochs: int) -> None:
@@ -73,6 +84,32 @@ def test_stage__cycles_and_epochs_are_those_counted_by_hand(options: Any, cycles
         ({"lr_mult": []}, ["lr_mult=[]"]),
         ({"lr_mult": [0.1, 2]}, ["[0.1, 2]"]),
         ({"lr_mult": "1/3"}, ["lr_mult='1/3'"]),
+        ({"lr_span": 0}, ["lr_span=0", "(0, 1]"]),
+        ({"lr_span": 9}, ["lr_span=9", "(0, 1]"]),
+        ({"lr_span": math.nan}, ["lr_span=nan"]),
+        ({"lr_span": True}, ["lr_span=True"]),
+        ({"lr_span": [0.1, 1]}, ["lr_span=[0.1, 1]"]),
+        ({"lr_span": 1 / 9, "lr_mult": 1 / 3}, ["lr_span=0.1", "lr_mult=0.3", "one"]),
+        ({"lr_span": 1, "lr_mult": [0.1, 1]}, ["lr_span=1", "lr_mult=[0.1, 1]"]),
+        ({"until": "plateu", "epochs": 9}, ["until='plateu'", "'plateau'"]),
+        ({"until": "plateau", "epochs": 3}, ["patience_epochs=3", "at most 3 epochs"]),
+        ({"until": "plateau", "epochs": 9, "patience_epochs": 0}, ["patience_epochs=0"]),
+        ({"until": "plateau", "epochs": 9, "patience_epochs": 1.5}, ["patience_epochs=1.5"]),
+        ({"until": "plateau", "epochs": None}, ["no length"]),
+        ({"patience_epochs": 2}, ["patience_epochs=2", "until='plateau'"]),
+        ({"cycle_len": 1, "epochs": 2, "num_cycles": 2, "until": "overfit", "patience_epochs": 2}, ["until='plateau'"]),
+        ({"image_size_px": 0}, ["image_size_px=0"]),
+        ({"image_size_px": 96.0}, ["image_size_px=96.0"]),
+        ({"image_size_px": True}, ["image_size_px=True"]),
+        ({**SOLVED, "train": "all"}, ["precompute=True", "train='all'"]),
+        ({**SOLVED, "train": 1}, ["solve=True", "train=1"]),
+        ({**SOLVED, "precompute": False}, ["solve=True", "precompute=False"]),
+        ({**SOLVED, "epochs": 5}, ["solve=True", "epochs=5", "leave it out"]),
+        ({**SOLVED, "cycle_len": 1}, ["solve=True", "cycle_len=1"]),
+        ({**SOLVED, "lr": "find"}, ["solve=True", "lr='find'"]),
+        ({**SOLVED, "lr_mult": 0.5}, ["solve=True", "lr_mult=0.5"]),
+        ({**SOLVED, "lr_span": 0.5}, ["solve=True", "lr_span=0.5"]),
+        ({**SOLVED, "until": "plateau"}, ["solve=True", "until='plateau'"]),
         ({"lr_mult": ["a"]}, ["['a']"]),
         ({"epochs": 0}, ["epochs=0"]),
         ({"epochs": -1}, ["epochs=-1"]),
@@ -122,6 +159,42 @@ def test_stage__accepts_the_ends_of_its_ranges() -> None:
     # 2^0 + ... + 2^15 = 65535 epochs, still below the limit
     assert Stage("s", cycle_len=1, cycle_mult=2, num_cycles=16).num_epochs == 65535
     assert Stage("s", cycle_len=MAX_STAGE_EPOCHS).num_epochs == MAX_STAGE_EPOCHS
+
+
+def test_stage__options_added_later_come_after_the_first_ten() -> None:
+    """Written by position, as 0.1 allowed: name, train, epochs, lr, lr_mult, precompute, cycles (3), until."""
+    stage = Stage("s", 2, None, 0.1, 0.5, True, 1, 2, 3, "overfit")
+    assert stage == Stage(
+        "s", train=2, lr=0.1, lr_mult=0.5, precompute=True, cycle_len=1, cycle_mult=2, num_cycles=3, until="overfit"
+    )
+
+
+def test_stage__solved_and_resized_ones_name_what_serves_them() -> None:
+    assert set(Stage("s", **SOLVED).needs) == {"precompute=True", "solve=True"}
+    assert set(Stage("s", epochs=1, image_size_px=96).needs) == {"image_size_px=96"}
+    assert Stage("s", epochs=9, until="plateau").needs == {"until='plateau'": "CosineRestarts"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"epochs": 3, "lr_span": 0.1111},
+        {"train": "head", "precompute": True, "solve": True},
+        {"epochs": 9, "until": "plateau", "patience_epochs": 2},
+        {"cycle_len": 1, "num_cycles": 9, "until": "plateau"},
+        {"epochs": 3, "image_size_px": 96},
+        {"epochs": 3, "train": "adapters"},
+    ],
+    ids=str,
+)
+def test_stage__is_read_from_yaml(options: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump({"stages": [{"name": "s", **options}]}))
+    parser = ArgumentParser()
+    parser.add_argument("--stages", type=list[Stage])
+    parser.add_argument("--config", action="config")
+    (stage,) = parser.instantiate_classes(parser.parse_args(["--config", str(path)])).stages
+    assert stage == Stage("s", **options)
 
 
 def test_stage__is_frozen() -> None:
