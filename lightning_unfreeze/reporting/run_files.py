@@ -1,0 +1,63 @@
+"""Where the files of a run go, and its bars: what needs to know the Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import TensorBoardLogger
+from tqdm.auto import tqdm
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def report_dir(trainer: pl.Trainer) -> Path | None:
+    """Folder for tables and pictures: beside the checkpoints, else the logger's folder, else None (write nothing).
+
+    Not a collective call: `Trainer.log_dir` broadcasts, and would wait for ever on rank 0 alone.
+    """
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return None
+    checkpoints = getattr(trainer.checkpoint_callback, "dirpath", None)
+    if checkpoints is not None:
+        return Path(checkpoints)
+    for logger in trainer.loggers:
+        folder = getattr(logger, "log_dir", None) or logger.save_dir
+        if folder is not None:
+            return Path(folder)
+    return None
+
+
+def is_due_to_log(trainer: pl.Trainer) -> bool:
+    """Whether there are loggers, and the Trainer's own metrics would be logged at this step."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return bool(trainer.loggers) and every > 0 and trainer.global_step % every == 0
+
+
+def save_figure(trainer: pl.Trainer, figure: Figure, name: str) -> Path | None:
+    """Saves `figure` as `{name}.png` in the report folder and hands it to loggers that take figures.
+
+    Call it on rank 0 only. Returns the file, or None where the run keeps no files.
+    """
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_figure(name, figure, global_step=trainer.global_step, close=False)
+    folder = report_dir(trainer)
+    if folder is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.png"
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    return path
+
+
+@contextmanager
+def progress_bar(trainer: pl.Trainer, text: str, total: int, unit: str = "step") -> Iterator[Callable[[int], Any]]:
+    """A bar for work outside the Trainer's loop, shown where the Trainer shows its own; yields `advance(n)`."""
+    shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+    with tqdm(total=total, desc=text, unit=unit, disable=not shown, leave=False) as bar:
+        yield bar.update
