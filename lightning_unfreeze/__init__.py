@@ -12,34 +12,54 @@
 | 8 | cosine restarts, `cycle_mult=2`, until over-fitting | `CosineRestarts`, `until="overfit"` |
 | 9 | test-time augmentation | `TTAEval` |
 
-`nine_steps()` gives the callbacks of the whole recipe.
+`nine_steps()` gives the callbacks of the whole recipe. Names are imported when they are first used.
 """
 
-from lightning_unfreeze.callbacks.base import StageCallback
-from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage
-from lightning_unfreeze.callbacks.precompute import PrecomputeFeatures
-from lightning_unfreeze.callbacks.restarts import CosineRestarts
-from lightning_unfreeze.callbacks.tta import TTAEval
-from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
-from lightning_unfreeze.data.modules import DigitsData, ImageFolderData
-from lightning_unfreeze.layers.groups import layer_groups
-from lightning_unfreeze.module import TransferClassifier
-from lightning_unfreeze.recipe import nine_steps
-from lightning_unfreeze.stages.plan import Stage
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_unfreeze.callbacks.base import StageCallback as StageCallback
+    from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage as LRFinderPerStage
+    from lightning_unfreeze.callbacks.precompute import PrecomputeFeatures as PrecomputeFeatures
+    from lightning_unfreeze.callbacks.restarts import CosineRestarts as CosineRestarts
+    from lightning_unfreeze.callbacks.tta import TTAEval as TTAEval
+    from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze as GradualUnfreeze
+    from lightning_unfreeze.data.modules import DigitsData as DigitsData
+    from lightning_unfreeze.data.modules import ImageFolderData as ImageFolderData
+    from lightning_unfreeze.layers.groups import layer_groups as layer_groups
+    from lightning_unfreeze.module import TransferClassifier as TransferClassifier
+    from lightning_unfreeze.recipe import nine_steps as nine_steps
+    from lightning_unfreeze.stages.plan import Stage as Stage
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "CosineRestarts",
-    "DigitsData",
-    "GradualUnfreeze",
-    "ImageFolderData",
-    "LRFinderPerStage",
-    "PrecomputeFeatures",
-    "Stage",
-    "StageCallback",
-    "TTAEval",
-    "TransferClassifier",
-    "layer_groups",
-    "nine_steps",
-]
+_ROOM_OF = {
+    "CosineRestarts": "callbacks.restarts",
+    "DigitsData": "data.modules",
+    "GradualUnfreeze": "callbacks.unfreeze",
+    "ImageFolderData": "data.modules",
+    "LRFinderPerStage": "callbacks.lr_finder",
+    "PrecomputeFeatures": "callbacks.precompute",
+    "Stage": "stages.plan",
+    "StageCallback": "callbacks.base",
+    "TTAEval": "callbacks.tta",
+    "TransferClassifier": "module",
+    "layer_groups": "layers.groups",
+    "nine_steps": "recipe",
+}
+
+__all__ = list(_ROOM_OF)
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name from its room on first use (PEP 562): the package alone loads no Lightning."""
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

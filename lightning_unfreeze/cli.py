@@ -13,8 +13,11 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-import lightning_unfreeze  # noqa: F401  (makes the short class names known to the parser)
+import lightning_unfreeze
 from lightning_unfreeze.reporting import show, table_of, write_csv
+
+for _name in lightning_unfreeze.__all__:  # the parser knows a short class name once its class is loaded
+    getattr(lightning_unfreeze, _name)
 
 _HELP = """\
 usage: lightning-unfreeze COMMAND --config FILE.yaml [--OPTION VALUE ...]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import lightning_unfreeze
 
 PACKAGE = Path(__file__).parents[1] / "lightning_unfreeze"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -158,3 +161,23 @@ def test_package__has_no_drawer_for_odds_and_ends() -> None:
 def test_package__uses_no_global_state_of_matplotlib() -> None:
     for path in FILES:
         assert "matplotlib.pyplot" not in imports_of(path), path
+
+
+def loaded_after(statement: str) -> set[str]:
+    code = f"import sys\n{statement}\nprint(*{{name.split('.')[0] for name in sys.modules}})"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_door__loads_nothing_heavy_until_a_name_is_used() -> None:
+    loaded = loaded_after("import lightning_unfreeze")
+    assert loaded & {"lightning", "torch", "timm", "sklearn", "scipy", "pandas", "matplotlib"} == set()
+    assert {"sklearn", "pandas"} & loaded_after("from lightning_unfreeze import *") == set()
+
+
+def test_door__has_every_name_and_says_which_there_are() -> None:
+    assert {getattr(lightning_unfreeze, name).__name__ for name in lightning_unfreeze.__all__} == set(
+        lightning_unfreeze.__all__
+    )
+    assert set(lightning_unfreeze.__all__) <= set(dir(lightning_unfreeze))
+    with pytest.raises(AttributeError, match="no attribute 'GradualUnfreez'; it has CosineRestarts"):
+        _ = lightning_unfreeze.GradualUnfreez

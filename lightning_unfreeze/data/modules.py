@@ -14,7 +14,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
-from sklearn.datasets import load_digits
 from timm.data import resolve_data_config, resolve_model_data_config
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -359,7 +358,17 @@ class DigitsData(_ClassificationData):
         self.classes, self.train_per_class = tuple(classes), train_per_class
 
     def setup(self, stage: str) -> None:
-        """Draw train, val and test images of each class."""
+        """Draw train, val and test images of each class.
+
+        Raises:
+            MisconfigurationException: Without scikit-learn, which holds the scans.
+        """
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError:
+            raise MisconfigurationException(
+                "the digits are scikit-learn's: python -m pip install 'lightning-unfreeze[demo]'"
+            ) from None
         digits = load_digits()
         chosen: dict[str, list[tuple[int, int]]] = {"train": [], "val": [], "test": []}
         for label, digit in enumerate(self.classes):
