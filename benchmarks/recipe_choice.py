@@ -2,10 +2,10 @@
 
     python benchmarks/recipe_choice.py --data DATA --out results.jsonl --processes 12 --seconds 240
 
-`DATA` holds the sets as folders (`monkeys10/train/...`, `rsscn7/...`) and `weights/`. Sets are read once, at 146 px, and
-live as `uint8` on the device; a run is a plain PyTorch loop over them (random resized crop of 60 % and more and
-mirroring, AdamW, no decay on vectors), so that hundreds of runs take minutes. Everything is judged on validation images;
-test images are never read. Choices are made on monkeys10 (like ImageNet) and rsscn7 (unlike) alone.
+`DATA` holds the sets as folders (`monkeys10/train/...`, `rsscn7/...`) and `weights/`. Sets are read once, at 146 px,
+and live as `uint8` on the device; a run is a plain PyTorch loop over them (random resized crop of 60 % and more and
+mirroring, AdamW, no decay on vectors), so that hundreds of runs take minutes. All is judged on validation images; test
+images are never read. Choices are made on monkeys10 (like ImageNet) and rsscn7 (unlike) alone.
 
 Every line of the output is one run: its settings, validation accuracy per epoch, and of the weights along the path (the
 model it started from, an average of the last epochs' ends, interpolations, BatchNorm estimated anew). A run whose line
