@@ -85,11 +85,11 @@ ALLOWED = {
     "stages": {"reporting"},
     "data": {"seeding"},
     "features": {"data", "seeding", "inside_lightning", "reporting"},
-    "inside_lightning": {"seeding"},
+    "inside_lightning": {"layers", "seeding"},
     "tta": {"inside_lightning", "data", "seeding"},
     "callbacks": {"features", "tta", "inside_lightning", "data", "stages", "layers", *LEAVES},
     "digits_resnet": set(),
-    "module": {"digits_resnet", "layers", "data"},
+    "module": {"digits_resnet", "layers", "data", "seeding"},
     "recipe": {"callbacks", "stages"},
     "preview": {"callbacks", "features", "inside_lightning", "data", "stages", "layers", *LEAVES},
     "study": {

@@ -32,7 +32,8 @@ from lightning_unfreeze.features.serve import (
 from lightning_unfreeze.features.shortcut import Shortcut, check_step, find_shortcut, installed
 from lightning_unfreeze.features.store import StoreDtype, prune
 from lightning_unfreeze.inside_lightning.distributed import gather_objects
-from lightning_unfreeze.inside_lightning.sandbox import batch_on_device, in_eval_mode, sandbox
+from lightning_unfreeze.inside_lightning.sandbox import in_eval_mode, sandbox
+from lightning_unfreeze.inside_lightning.steps import batch_on_device
 from lightning_unfreeze.seeding import keyed_rng
 from lightning_unfreeze.stages.plan import Stage
 
@@ -315,7 +316,18 @@ class PrecomputeFeatures(StageCallback):
             self._datasets["train"].view = (trainer.current_epoch - run.start_epoch) % views
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Has the loaders asked for again, if `configure_optimizers` asked for them before there was a stage."""
+        """Has the loaders asked for again, if `configure_optimizers` asked for them before there was a stage.
+
+        Raises:
+            MisconfigurationException: For a scheduler that counts steps, beside other steps than it was made for.
+        """
+        by_step = [config.scheduler for config in trainer.lr_scheduler_configs if config.interval == "step"]
+        if by_step and self.cached_batch_size is not None:
+            raise MisconfigurationException(
+                f"cached_batch_size={self.cached_batch_size} changes the number of steps of an epoch, and "
+                f"`configure_optimizers` returned a {type(by_step[0]).__name__} that counts steps; leave "
+                'cached_batch_size out, or give the scheduler {"interval": "epoch"}'
+            )
         if self._sources:
             _ask_for_loaders_again(trainer)
 

@@ -29,7 +29,8 @@ from lightning_unfreeze.features.store import (
     store_lock,
 )
 from lightning_unfreeze.inside_lightning.distributed import gather_objects
-from lightning_unfreeze.inside_lightning.sandbox import batch_on_device, sandbox
+from lightning_unfreeze.inside_lightning.sandbox import sandbox
+from lightning_unfreeze.inside_lightning.steps import batch_on_device
 from lightning_unfreeze.reporting import progress_bar
 
 _CHECKED_ROWS = 4

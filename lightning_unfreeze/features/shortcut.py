@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -18,7 +18,7 @@ from torchmetrics import Metric
 from lightning_unfreeze.features.batch_form import NoStoreError
 from lightning_unfreeze.features.fill import ViewedData, seconds
 from lightning_unfreeze.features.prefix import FrozenPrefix, find_prefix
-from lightning_unfreeze.inside_lightning.sandbox import batch_on_device, step_arguments
+from lightning_unfreeze.inside_lightning.steps import StepName, batch_on_device, step_output, training_loss
 from lightning_unfreeze.seeding import keyed_rng
 
 
@@ -72,7 +72,7 @@ def check_step(
     pl_module: pl.LightningModule,
     prefix: FrozenPrefix,
     data: ViewedData,
-    name: Literal["training_step", "validation_step"],
+    name: StepName,
 ) -> None:
     """A batch through all that lies between loader and loss, both ways: transfer hooks act on features, too.
 
@@ -114,24 +114,15 @@ def installed(prefix: FrozenPrefix) -> Iterator[None]:
 
 
 def _loss(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Tensor:
-    output = _run(trainer, pl_module, batch, "training_step")
-    loss = output["loss"] if isinstance(output, dict) else output
-    if not isinstance(loss, Tensor):
+    # without the wrapper of the strategy, so that ranks need not go together
+    loss = training_loss(trainer, pl_module, batch, together=False)
+    if loss is None or not loss.requires_grad:
         raise NoStoreError("training_step returned no loss, so the shortcut cannot be checked")
     return loss
 
 
-def _run(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, name: str) -> Any:
-    """A step without the wrapper of the strategy, so that ranks need not go together."""
-    step = getattr(pl_module, name)
-    training = name == "training_step"
-    plugin = trainer.precision_plugin
-    with plugin.train_step_context() if training else plugin.val_step_context():
-        return step(*step_arguments(step, batch, 0))
-
-
 @torch.no_grad()
-def _outcome(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, name: str) -> dict[str, Any]:
+def _outcome(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, name: StepName) -> dict[str, Any]:
     """What a step returns and logs, and the states of the metrics that it updates."""
     found: dict[str, Any] = {}
     metrics = {key: part for key, part in pl_module.named_modules() if isinstance(part, Metric)}
@@ -142,7 +133,7 @@ def _outcome(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, nam
     vars(pl_module)["log_dict"] = lambda values, *_, **__: found.update(values)
     try:
         with keyed_rng("check"):
-            found["output"] = _run(trainer, pl_module, batch, name)
+            found["output"] = step_output(trainer, pl_module, batch, name=name, together=False)
     finally:
         vars(pl_module).update(before)
     for key, metric in metrics.items():
