@@ -336,11 +336,10 @@ def test_precompute__cached_batch_size_is_refused_beside_a_scheduler_that_counts
 
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
-            steps = self.trainer.estimated_stepping_batches if self.interval == "step" else 1
-            scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=int(steps))
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, int(self.trainer.estimated_stepping_batches))
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.interval}}
 
-    with pytest.raises(MisconfigurationException, match=r"cached_batch_size=4 .* OneCycleLR that counts steps"):
+    with pytest.raises(MisconfigurationException, match=r"cached_batch_size=4 .* StepLR that counts steps"):
         fit(tmp_path, ByStep(), options={"cached_batch_size": 4})
     module = ByStep()
     module.interval = "epoch"
