@@ -103,17 +103,15 @@ def _keep_contents(value: Any) -> tuple[list[_PutBack], list[Any]]:
         members = list(value)
         return [functools.partial(_refill, value, value.extend, members)], members
     if isinstance(value, dict | set):
-        members = dict(value) if isinstance(value, dict) else set(value)
-        held = [*members, *members.values()] if isinstance(members, dict) else list(members)
-        return [functools.partial(_refill, value, value.update, members)], held
+        entries: Any = dict(value) if isinstance(value, dict) else set(value)
+        held = [*entries, *entries.values()] if isinstance(entries, dict) else list(entries)
+        return [functools.partial(_refill, value, value.update, entries)], held
     if isinstance(value, tuple | frozenset):
         return [], list(value)
     if isinstance(value, random.Random):
         return [functools.partial(value.setstate, value.getstate())], []
-    if isinstance(value, torch.Generator):
-        return [functools.partial(value.set_state, value.get_state())], []
-    if isinstance(value, np.random.RandomState):
-        return [functools.partial(value.set_state, value.get_state(legacy=False))], []
+    if isinstance(value, torch.Generator | np.random.RandomState):
+        return [functools.partial(_set_state, value, value.get_state())], []
     if isinstance(value, np.random.Generator):
         return [functools.partial(setattr, value.bit_generator, "state", value.bit_generator.state)], []
     if isinstance(value, functools.partial):
@@ -121,6 +119,10 @@ def _keep_contents(value: Any) -> tuple[list[_PutBack], list[Any]]:
     if isinstance(value, types.MethodType):
         return [], [value.__self__]
     return [], []
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    generator.set_state(state)
 
 
 def _refill(container: Any, fill: Callable[[Any], None], members: Any) -> None:
