@@ -27,7 +27,8 @@ import torch
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-from lightning_unfreeze.features.prefix import FrozenPrefix, find_prefix
+from lightning_unfreeze.features.prefix import FrozenPrefix
+from lightning_unfreeze.features.search import find_prefix
 
 BOUNDARIES = ("first", "middle", "last")
 MAX_PARAMETERS = 30e6

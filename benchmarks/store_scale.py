@@ -19,7 +19,9 @@ from pathlib import Path
 
 import torch
 
-from lightning_unfreeze.features.store import FeatureStore, FeatureWriter, StoreLayout, TensorSpec
+from lightning_unfreeze.features.layout import StoreLayout, TensorSpec
+from lightning_unfreeze.features.store import FeatureStore
+from lightning_unfreeze.features.writer import FeatureWriter
 
 KEY = "scale"
 

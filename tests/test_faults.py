@@ -38,7 +38,8 @@ from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.tta import TTAEval
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.features.fill import FeaturePass
-from lightning_unfreeze.features.store import FeatureStore, StoreError
+from lightning_unfreeze.features.layout import StoreError
+from lightning_unfreeze.features.store import FeatureStore
 from lightning_unfreeze.stages.plan import Stage
 from tests.conftest import (
     SmallNet,

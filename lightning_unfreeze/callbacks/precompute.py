@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,26 +13,30 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
+from torchmetrics import Metric
 
 from lightning_unfreeze.callbacks.base import StageCallback, StageRun, leader
 from lightning_unfreeze.data.datasets import transform_of, with_transform
 from lightning_unfreeze.features.batch_form import BatchForm, NoStoreError
-from lightning_unfreeze.features.fill import FeaturePass, StoredData, ViewedData, seconds, together
+from lightning_unfreeze.features.fill import FeaturePass, StoredData, together
+from lightning_unfreeze.features.layout import StoreDtype
 from lightning_unfreeze.features.prefix import FrozenPrefix
 from lightning_unfreeze.features.serve import (
     FeatureDataset,
+    ViewedData,
     check_loader,
     evaluation_transform,
     feature_loader,
     plain_dataset,
     probe_batch,
 )
-from lightning_unfreeze.features.shortcut import Shortcut, check_step, find_shortcut, installed
-from lightning_unfreeze.features.store import StoreDtype, prune
+from lightning_unfreeze.features.shortcut import Host, check_step, find_shortcut, installed, seconds, step_seconds
+from lightning_unfreeze.features.store import prune
 from lightning_unfreeze.inside_lightning.distributed import gather_objects
-from lightning_unfreeze.inside_lightning.sandbox import in_eval_mode, sandbox
-from lightning_unfreeze.inside_lightning.steps import batch_on_device
+from lightning_unfreeze.inside_lightning.sandbox import batch_on_device, in_eval_mode, sandbox, step_arguments
+from lightning_unfreeze.reporting import progress_bar
 from lightning_unfreeze.seeding import keyed_rng
 from lightning_unfreeze.stages.plan import Stage
 
@@ -106,7 +109,6 @@ class PrecomputeFeatures(StageCallback):
         self._stored: dict[str, StoredData] = {}
         self._datasets: dict[str, FeatureDataset] = {}
         self._earlier: list[StoredData] = []
-        self._prefix_ahead: FrozenPrefix | None = None
         self._stage_index: int | None = None
         self._decided: dict[str, bool] = {}
         self._sources: list[tuple[Any, _DataLoaderSource]] = []
@@ -172,66 +174,32 @@ class PrecomputeFeatures(StageCallback):
         Raises:
             NoStoreError: If there can be none, on all ranks alike.
         """
-        module = trainer.lightning_module
+        host = _host(trainer)
         if split == "val" and (isinstance(trainer.limit_val_batches, int) or trainer.limit_val_batches < 1):
             return None  # the pass would read images that are never looked at
-        data = together(trainer, lambda: self._viewed_data(trainer, run, split, loader))
-        with sandbox(trainer, module), torch.enable_grad():
+        data = together(host, lambda: self._viewed_data(trainer, run, split, loader))
+        reason = ""
+        with host.aside(), torch.enable_grad():
             if split == "train":
-                shortcut = together(trainer, lambda: find_shortcut(trainer, module, data))
-                prefix = shortcut.prefix
+                prefix, reason = together(host, lambda: find_shortcut(host, data))
             else:
-                prefix, shortcut = self._stored["train"].prefix, None
-                module.eval()
-                together(trainer, lambda: check_step(trainer, module, prefix, data, "validation_step"))
+                prefix = self._stored["train"].prefix
+                host.network.eval()
+                together(host, lambda: check_step(host, prefix, data, training=False))
         root = self._root(trainer)
-        work = together(trainer, lambda: FeaturePass(trainer, module, data, prefix, root, self.dtype, self.verify))
-        _same_everywhere(trainer, prefix)
+        work = together(host, lambda: FeaturePass(host, data, prefix, root, self.dtype, self.verify))
+        _same_everywhere(host, prefix)
         stored, problem = work.open()
         if problem:
             rank_zero_warn(f"stored features are computed anew: {problem}")
         if stored is None:
             earlier = next((one for one in self._earlier if work.follows(one)), None)
-            earlier = earlier or self._look_ahead(trainer, run, work)
-            if shortcut is not None and not self._pays(trainer, run, work, shortcut, earlier):
+            if split == "train" and not self._pays(trainer, run, work, earlier):
                 return None
             stored = self._filled(trainer, work, earlier)
-        if shortcut is not None and shortcut.reason:
-            rank_zero_info(f"features are taken behind {prefix.boundary!r}, since {shortcut.reason}")
+        if reason:
+            rank_zero_info(f"features are taken behind {prefix.boundary!r}, since {reason}")
         return stored
-
-    def _look_ahead(self, trainer: pl.Trainer, run: StageRun, work: FeaturePass) -> StoredData | None:
-        """The store of the last stage to come that wants one, made now, if this stage's features follow from it.
-
-        Unfreezing from the top moves the boundary towards the input: what the last such stage stores leads to the
-        features of all before it, and the images are read once.
-        """
-        later = [stage for stage in run.later if stage.precompute]
-        module, head, shortcut = trainer.lightning_module, leader(trainer), None
-        if work.data.name == "train":
-            if not later or min(self.num_views, later[-1].num_epochs) != work.layout.num_views:
-                return None
-            try:
-                with sandbox(trainer, module), torch.enable_grad(), head.as_if_in(later[-1]):
-                    shortcut = together(trainer, lambda: find_shortcut(trainer, module, work.data))
-            except NoStoreError:
-                return None
-            _same_everywhere(trainer, shortcut.prefix)
-            self._prefix_ahead = shortcut.prefix if shortcut.prefix.boundary != work.prefix.boundary else None
-        if self._prefix_ahead is None:
-            return None
-        prefix, root = self._prefix_ahead, self._root(trainer)
-        ahead = together(
-            trainer, lambda: FeaturePass(trainer, module, work.data, prefix, root, self.dtype, self.verify)
-        )
-        stored, _ = ahead.open()
-        if stored is None:
-            if shortcut is not None and not self._pays(trainer, replace(run, stage=later[-1]), ahead, shortcut, None):
-                self._prefix_ahead = None
-                return None
-            stored = self._filled(trainer, ahead, None)
-        self._earlier.insert(0, stored)
-        return stored if work.follows(stored) else None
 
     def _viewed_data(
         self, trainer: pl.Trainer, run: StageRun, split: Literal["train", "val"], loader: Any
@@ -283,23 +251,23 @@ class PrecomputeFeatures(StageCallback):
             prune(work.directory.parent, self.max_bytes, keep=used)
         return stored
 
-    def _pays(
-        self, trainer: pl.Trainer, run: StageRun, work: FeaturePass, shortcut: Shortcut, earlier: StoredData | None
-    ) -> bool:
+    def _pays(self, trainer: pl.Trainer, run: StageRun, work: FeaturePass, earlier: StoredData | None) -> bool:
         """Whether the pass and the epochs on features take less than the epochs on images."""
         if self.policy == "always" or self._decided.get(run.stage.name):
             return True
-        layout, loader, view = work.layout, work.data.loader, work.data.views[0]
+        layout, loader, view, host = work.layout, work.data.loader, work.data.views[0], work.host
+        with host.aside(), torch.enable_grad():
+            plain_seconds, stored_seconds = together(host, lambda: step_seconds(host, work.prefix, work.data))
         probed = min(_PROBE_IMAGES, layout.num_rows)
         with keyed_rng("probe"):
-            reading = seconds(lambda: [view[row] for row in range(probed)], trainer.strategy.root_device) / probed
+            reading = seconds(lambda: [view[row] for row in range(probed)], host.device) / probed
         # worker processes read while the device computes; without them one waits for the other
-        waiting = max(reading / loader.num_workers - shortcut.plain_seconds, 0.0) if loader.num_workers else reading
+        waiting = max(reading / loader.num_workers - plain_seconds, 0.0) if loader.num_workers else reading
         limit = trainer.limit_train_batches or 1.0
         num_read = limit * layout.num_rows if isinstance(limit, float) else limit * (loader.batch_size or 1)
         num_read = run.stage.num_epochs * min(num_read, layout.num_rows)
-        passed = together(trainer, lambda: work.seconds_per_image(earlier)) * layout.num_rows * layout.num_views
-        with_store, without = passed + num_read * shortcut.stored_seconds, num_read * (waiting + shortcut.plain_seconds)
+        passed = together(host, lambda: work.seconds_per_image(earlier)) * layout.num_rows * layout.num_views
+        with_store, without = passed + num_read * stored_seconds, num_read * (waiting + plain_seconds)
         pays = bool(trainer.strategy.broadcast(with_store < without))
         rank_zero_info(
             f"stage {run.stage.name!r}: {num_read:.0f} images in {run.stage.num_epochs} epochs are estimated at "
@@ -316,18 +284,7 @@ class PrecomputeFeatures(StageCallback):
             self._datasets["train"].view = (trainer.current_epoch - run.start_epoch) % views
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Has the loaders asked for again, if `configure_optimizers` asked for them before there was a stage.
-
-        Raises:
-            MisconfigurationException: For a scheduler that counts steps, beside other steps than it was made for.
-        """
-        by_step = [config.scheduler for config in trainer.lr_scheduler_configs if config.interval == "step"]
-        if by_step and self.cached_batch_size is not None:
-            raise MisconfigurationException(
-                f"cached_batch_size={self.cached_batch_size} changes the number of steps of an epoch, and "
-                f"`configure_optimizers` returned a {type(by_step[0]).__name__} that counts steps; leave "
-                'cached_batch_size out, or give the scheduler {"interval": "epoch"}'
-            )
+        """Has the loaders asked for again, if `configure_optimizers` asked for them before there was a stage."""
         if self._sources:
             _ask_for_loaders_again(trainer)
 
@@ -431,7 +388,7 @@ class PrecomputeFeatures(StageCallback):
         for split in ("train", "val"):
             self._close(split)
         self._earlier = [*self._stored.values(), *self._earlier]
-        self._stored, self._datasets, self._stage_index, self._prefix_ahead = {}, {}, None, None
+        self._stored, self._datasets, self._stage_index = {}, {}, None
 
     def _detach(self) -> None:
         self._leave_stage()
@@ -476,6 +433,60 @@ def _ask_for_loaders_again(trainer: pl.Trainer) -> None:
     trainer.fit_loop.epoch_loop.val_loop._combined_loader = None
 
 
-def _same_everywhere(trainer: pl.Trainer, prefix: FrozenPrefix) -> None:
-    if len(set(gather_objects(trainer, (prefix.boundary, tuple(prefix.shapes))))) > 1:
+def _same_everywhere(host: Host, prefix: FrozenPrefix) -> None:
+    if len(set(host.gather((prefix.boundary, tuple(prefix.shapes))))) > 1:
         raise NoStoreError("the ranks found different boundaries")
+
+
+def _host(trainer: pl.Trainer) -> Host:
+    """The Trainer and its module as what a feature store needs of them."""
+    module = trainer.lightning_module
+
+    def loss(batch: Any) -> Tensor:
+        output = _step_output(trainer, module, batch, "training_step")
+        found = output["loss"] if isinstance(output, Mapping) else output
+        if not isinstance(found, Tensor):
+            raise NoStoreError("training_step returned no loss, so the shortcut cannot be checked")
+        return found
+
+    return Host(
+        module,
+        trainer.strategy.root_device,
+        feed=lambda batch: batch_on_device(trainer, module, batch),
+        run=loss,
+        outcome=lambda batch, training: _outcome(trainer, module, batch, training),
+        aside=lambda: sandbox(trainer, module),
+        gather=lambda value: gather_objects(trainer, value),
+        rank=trainer.local_rank,
+        num_ranks=max(1, trainer.world_size // trainer.num_nodes),
+        progress=lambda text, total: progress_bar(trainer, text, total, "image"),
+    )
+
+
+def _step_output(
+    trainer: pl.Trainer, module: pl.LightningModule, batch: Any, name: Literal["training_step", "validation_step"]
+) -> Any:
+    """Of a step without the wrapper of the strategy, so that ranks need not go together."""
+    step, plugin = getattr(module, name), trainer.precision_plugin
+    with plugin.train_step_context() if name == "training_step" else plugin.val_step_context():
+        return step(*step_arguments(step, batch, 0))
+
+
+@torch.no_grad()
+def _outcome(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, training: bool) -> dict[str, Any]:
+    """What a step returns and logs, and the states of the metrics that it updates."""
+    found: dict[str, Any] = {}
+    metrics = {key: part for key, part in module.named_modules() if isinstance(part, Metric)}
+    for metric in metrics.values():
+        metric.reset()
+    before = {key: vars(module)[key] for key in ("log", "log_dict")}
+    vars(module)["log"] = lambda key, value, *_, **__: found.update({key: value})
+    vars(module)["log_dict"] = lambda values, *_, **__: found.update(values)
+    try:
+        with keyed_rng("check"):
+            found["output"] = _step_output(trainer, module, batch, "training_step" if training else "validation_step")
+    finally:
+        vars(module).update(before)
+    for key, metric in metrics.items():
+        found[f"state of {key}"] = metric.metric_state
+    return found

@@ -31,7 +31,7 @@ from lightning_unfreeze.inside_lightning.distributed import (
 )
 from lightning_unfreeze.layers.groups import LayerGroup, frozen_modules, layer_groups, select
 from lightning_unfreeze.layers.param_groups import rate_ratios, split_param_groups
-from lightning_unfreeze.seeding import kept_rng, rng_state, seed_all, set_rng_state
+from lightning_unfreeze.seeding import rng_state, seed_all, set_rng_state
 from lightning_unfreeze.stages.journal import StageJournal
 from lightning_unfreeze.stages.plan import Stage, check_plan, plan_epochs
 
@@ -322,10 +322,13 @@ class GradualUnfreeze(StageCallback):
     @contextmanager
     def around_stage_start(self, trainer: pl.Trainer, run: StageRun) -> Iterator[None]:
         """A random state that depends on the stage alone, for a range test; the epoch's own is put back after it."""
-        with kept_rng():
-            seed_all("stage", self._seed or 0, run.index, trainer.global_rank)
-            self._put_frozen_in_eval_mode()
+        before = rng_state()
+        seed_all("stage", self._seed or 0, run.index, trainer.global_rank)
+        self._put_frozen_in_eval_mode()
+        try:
             yield
+        finally:
+            set_rng_state(before)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Makes up for what came after the last batch of an epoch, where the checkpoint has that and no more.
@@ -579,12 +582,13 @@ def _validate_at_epoch_end(trainer: pl.Trainer) -> None:
     due = at_epoch_end and every_epochs > 0 and (trainer.current_epoch + 1) % every_epochs == 0
     if not (trainer.enable_validation and due):
         return
+    before = rng_state()
     loop = trainer.fit_loop.epoch_loop.val_loop
     loop.restarting = False
     trainer.validating = True
-    with kept_rng():
-        loop.run()
+    loop.run()
     trainer.training = True
+    set_rng_state(before)
 
 
 def _parameters_that_never_train(groups: dict[str, LayerGroup]) -> set[nn.Parameter]:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 from lightning_unfreeze.seeding import key_to_seed, keyed_rng
@@ -172,6 +171,9 @@ class ResumableLoader(DataLoader[Any]):
         if not (self._resuming and epoch is not None and epoch == self._epoch):
             self._batches = 0
         elif self._num_batches != len(self):
+            # here alone: the room is read without Lightning, too
+            from lightning.fabric.utilities.exceptions import MisconfigurationException
+
             raise MisconfigurationException(
                 f"The checkpoint was written inside an epoch of {self._num_batches} batches, the training data now "
                 f"gives {len(self)}: resume with the same data, batch size and number of devices, or from a "

@@ -1,43 +1,30 @@
-"""The pass over the data that fills a feature store, shared out among the ranks of a node."""
+"""The pass over the data that fills a feature store, shared out among the processes of a node."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from lightning_unfreeze.data.datasets import nested_datasets
-from lightning_unfreeze.features.batch_form import BatchForm, NoStoreError
-from lightning_unfreeze.features.key import dataset_fingerprint, fingerprint_of, transform_fingerprint
-from lightning_unfreeze.features.prefix import FrozenPrefix, advance, fingerprint
-from lightning_unfreeze.features.serve import view_batches
-from lightning_unfreeze.features.store import (
-    FeatureStore,
-    FeatureWriter,
-    StoreDtype,
-    StoreError,
-    StoreLayout,
-    TensorSpec,
-    store_lock,
-)
-from lightning_unfreeze.inside_lightning.distributed import gather_objects
-from lightning_unfreeze.inside_lightning.sandbox import sandbox
-from lightning_unfreeze.inside_lightning.steps import batch_on_device
-from lightning_unfreeze.reporting import progress_bar
+from lightning_unfreeze.features.batch_form import NoStoreError
+from lightning_unfreeze.features.key import fingerprint_of, prefix_fingerprint
+from lightning_unfreeze.features.layout import StoreDtype, StoreError, StoreLayout, TensorSpec
+from lightning_unfreeze.features.prefix import FrozenPrefix, advance
+from lightning_unfreeze.features.serve import ViewedData, view_batches
+from lightning_unfreeze.features.shortcut import Host, seconds
+from lightning_unfreeze.features.store import FeatureStore, store_lock
+from lightning_unfreeze.features.writer import FeatureWriter
 
 _CHECKED_ROWS = 4
 _Value = TypeVar("_Value")
 
 
-def together(trainer: pl.Trainer, action: Callable[[], _Value]) -> _Value:
+def together(host: Host, action: Callable[[], _Value]) -> _Value:
     """Every rank acts, then all learn whether one failed: a barrier at which no rank is left waiting.
 
     Raises:
@@ -52,56 +39,10 @@ def together(trainer: pl.Trainer, action: Callable[[], _Value]) -> _Value:
         failure, message = error, str(error)
     except Exception as error:
         failure, message = error, f"{type(error).__name__}: {error}"
-    messages = [one for one in gather_objects(trainer, message) if one]
+    messages = [one for one in host.gather(message) if one]
     if messages:
         raise NoStoreError(messages[0]) from failure
     return value
-
-
-@dataclass(frozen=True)
-class ViewedData:
-    """What is stored: the views of a dataset, and how its samples are read and batched.
-
-    Attributes:
-        name: `"train"` or `"val"`.
-        loader: Gives collate function, batch size and workers.
-        views: The dataset with the transform of each view, view 0 first.
-        raw: A collated batch.
-        form: How a batch of the loader is built.
-        step_form: How a batch is built that the step gets, after the transfer hooks.
-        seed: Seed of random views.
-        fingerprint: The user's own word for what the data is.
-    """
-
-    name: str
-    loader: DataLoader[Any]
-    views: Sequence[Any]
-    raw: Any
-    form: BatchForm
-    step_form: BatchForm
-    seed: int
-    fingerprint: str | None = None
-
-    def key(self) -> str:
-        """Fingerprint of samples, transforms and views."""
-        return fingerprint_of(
-            data=dataset_fingerprint(self.views[0], fingerprint=self.fingerprint),
-            transforms=[_callables_fingerprint(view) for view in self.views],
-            collate=transform_fingerprint(self.loader.collate_fn),
-            seed=self.seed if len(self.views) > 1 else None,
-        )
-
-
-def _callables_fingerprint(dataset: Any) -> str:
-    """Fingerprint of the transforms, target transforms, image readers a dataset and those it wraps have."""
-    return fingerprint_of(
-        callables=[
-            [level, name, transform_fingerprint(value)]
-            for level, each in enumerate(nested_datasets(dataset))
-            for name, value in sorted(getattr(each, "__dict__", {}).items())
-            if callable(value) or (isinstance(value, list | tuple) and value and all(map(callable, value)))
-        ]
-    )
 
 
 @dataclass(frozen=True)
@@ -116,7 +57,7 @@ class StoredData:
 
     def is_current(self) -> bool:
         """Whether the frozen part is what it was when the features were computed."""
-        return fingerprint(self.prefix) == self.prefix_key
+        return prefix_fingerprint(self.prefix) == self.prefix_key
 
 
 class FeaturePass:
@@ -125,8 +66,7 @@ class FeaturePass:
     All methods are collective: every rank calls them. Where one fails to fill, all raise and no half store stays.
 
     Args:
-        trainer: Gives device, ranks and the progress bar.
-        pl_module: Whose transfer hooks the batches go through.
+        host: Gives device, processes and the way of a batch to the step.
         data: What is stored.
         prefix: What runs on it.
         root: Folder of the stores.
@@ -136,17 +76,15 @@ class FeaturePass:
 
     def __init__(
         self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
+        host: Host,
         data: ViewedData,
         prefix: FrozenPrefix,
         root: Path,
         dtype: StoreDtype,
         verify: Literal["sampled", "full"],
     ) -> None:
-        self.trainer, self.pl_module, self.data, self.prefix, self.verify = trainer, pl_module, data, prefix, verify
-        self.rank, self.num_ranks = trainer.local_rank, max(1, trainer.world_size // trainer.num_nodes)
-        self.data_key, self.prefix_key = data.key(), fingerprint(prefix)
+        self.host, self.data, self.prefix, self.verify = host, data, prefix, verify
+        self.data_key, self.prefix_key = data.key(), prefix_fingerprint(prefix)
         key = fingerprint_of(data=self.data_key, prefix=self.prefix_key, dtype=dtype)
         tensors = {name: TensorSpec.like(value) for name, value in data.form.split(data.raw)[1].items()}
         for name, shape in prefix.shapes.items():
@@ -161,15 +99,15 @@ class FeaturePass:
             store = FeatureStore.open(self.directory, fingerprint=self.layout.fingerprint, verify=self.verify)
         except Exception as error:  # the other ranks wait to hear of it
             problem = f"{error}" if (self.directory / "manifest.json").exists() else "there is none"
-        # the sandbox is a collective call under DDP, so all ranks enter it or none
-        if all(gather_objects(self.trainer, store is not None)) and store is not None:
-            with sandbox(self.trainer, self.pl_module):
+        # `aside` is a collective call under DDP, so all ranks enter it or none
+        if all(self.host.gather(store is not None)) and store is not None:
+            with self.host.aside():
                 try:
                     if not self._still_true(store):
                         problem = f"the features in {self.directory} are not what the network gives now"
                 except Exception as error:  # of the user's dataset
                     problem = f"{error}"
-        problems = [one for one in gather_objects(self.trainer, problem) if one]
+        problems = [one for one in self.host.gather(problem) if one]
         if store is None or problems:
             return None, next((one for one in problems if one != "there is none"), "")
         return self._stored(store), ""
@@ -195,60 +133,59 @@ class FeaturePass:
         writers: list[FeatureWriter] = []
 
         def new_writer() -> None:
-            writers.append(FeatureWriter(self.directory, self.layout, rank=self.rank))
+            writers.append(FeatureWriter(self.directory, self.layout, rank=self.host.rank))
 
-        first = self.rank == 0
+        first = self.host.rank == 0
         try:
             with ExitStack() as stack:
-                together(self.trainer, lambda: stack.enter_context(store_lock(self.directory)) if first else None)
+                together(self.host, lambda: stack.enter_context(store_lock(self.directory)) if first else None)
                 stored, _ = self.open()  # another run may have finished it while this one waited for the lock
                 if stored is not None:
                     return stored
-                together(self.trainer, lambda: new_writer() if first else None)
-                together(self.trainer, lambda: None if first else new_writer())
-                together(self.trainer, lambda: self._fill_rows(writers[0], earlier))
-                together(self.trainer, lambda: writers[0].finalize() if first else None)
+                together(self.host, lambda: new_writer() if first else None)
+                together(self.host, lambda: None if first else new_writer())
+                together(self.host, lambda: self._fill_rows(writers[0], earlier))
+                together(self.host, lambda: writers[0].finalize() if first else None)
         except NoStoreError:
             for writer in writers:
                 writer.discard()
             raise
         fingerprint = self.layout.fingerprint
-        return self._stored(together(self.trainer, lambda: FeatureStore.open(self.directory, fingerprint=fingerprint)))
+        return self._stored(together(self.host, lambda: FeatureStore.open(self.directory, fingerprint=fingerprint)))
 
     def follows(self, earlier: StoredData) -> bool:
         """Whether the features can be had from an earlier store, without the images and without a loss."""
         stored = earlier.store.layout.tensors
         exact = all(stored[name].dtype == dtype for name, dtype in earlier.prefix.dtypes.items())
         holds = exact and earlier.data_key == self.data_key and earlier.is_current()
-        with sandbox(self.trainer, self.pl_module):
+        with self.host.aside():
             try:
-                images = self.data.step_form.images(batch_on_device(self.trainer, self.pl_module, self.data.raw))
+                images = self.data.step_form.images(self.host.feed(self.data.raw))
                 reached = advance(earlier.prefix.extract(images), earlier.prefix, self.prefix)
                 holds = holds and all(
                     torch.equal(reached[name], value) for name, value in self.prefix.extract(images).items()
                 )
             except Exception:  # another boundary: nothing reads those features, or not in that order
                 holds = False
-        return all(gather_objects(self.trainer, holds))
+        return all(self.host.gather(holds))
 
     def seconds_per_image(self, earlier: StoredData | None = None) -> float:
         """Of the pass, measured on the first few images without writing them."""
         rows = torch.arange(len(self.data.form.images(self.data.raw)))
-        device = self.trainer.strategy.root_device
-        with sandbox(self.trainer, self.pl_module):
-            return seconds(lambda: list(self._batches(0, rows, earlier)), device) / len(rows)
+        with self.host.aside():
+            return seconds(lambda: list(self._batches(0, rows, earlier)), self.host.device) / len(rows)
 
     def _stored(self, store: FeatureStore) -> StoredData:
         return StoredData(self.data, self.data_key, self.prefix, self.prefix_key, store)
 
     def _fill_rows(self, writer: FeatureWriter, earlier: StoredData | None) -> None:
         missing = [writer.missing_rows(view) for view in range(len(self.data.views))]
-        mine = [rows[rows % self.num_ranks == self.rank] for rows in missing]
+        mine = [rows[rows % self.host.num_ranks == self.host.rank] for rows in missing]
         text = f"features of the {self.data.name} data ({self.layout.num_bytes / 2**20:.0f} MiB)"
         # features are taken from the user's own step: what it does before the network has to leave no trace
         with (
-            progress_bar(self.trainer, text, sum(map(len, mine)), "image") as advanced,
-            sandbox(self.trainer, self.pl_module),
+            self.host.progress(text, sum(map(len, mine))) as advanced,
+            self.host.aside(),
             writer,
         ):
             for view, rows in enumerate(mine):
@@ -264,27 +201,11 @@ class FeaturePass:
     def _from_images(self, view: int, rows: Tensor) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         for part, batch in view_batches(self.data.loader, self.data.views[view], self.data.seed, view, rows):
             _, beside = self.data.form.split(batch)
-            images = self.data.step_form.images(batch_on_device(self.trainer, self.pl_module, batch))
+            images = self.data.step_form.images(self.host.feed(batch))
             yield part, {**self.prefix.extract(images), **beside}
 
     def _from_store(self, earlier: StoredData, view: int, rows: Tensor) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        device = self.trainer.strategy.root_device
         for part in torch.split(rows, self.data.loader.batch_size or 1):
             beside = earlier.store.read(part, view)
-            features = {name: beside.pop(name).to(device) for name in earlier.prefix.shapes}
+            features = {name: beside.pop(name).to(self.host.device) for name in earlier.prefix.shapes}
             yield part, {**advance(features, earlier.prefix, self.prefix), **beside}
-
-
-def seconds(action: Callable[[], Any], device: torch.device) -> float:
-    """Of the quicker of two runs after one that warms up: caches, lazy set-up and a busy machine only ever add time."""
-    return min([_seconds_once(action, device) for _ in range(3)][1:])
-
-
-def _seconds_once(action: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    action()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lightning_unfreeze.features.prefix import FrozenPrefix
 from lightning_unfreeze.seeding import keyed_rng
 
 _MAX_SAMPLES = 64
@@ -195,6 +196,30 @@ def _names(code: types.CodeType) -> list[str]:
     """Names a function looks up, its inner functions included."""
     inner = [_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
     return sorted({*code.co_names, *(name for names in inner for name in names)})
+
+
+def prefix_fingerprint(prefix: FrozenPrefix) -> str:
+    """SHA-256 over what features depend on: names, shapes, dtypes, bytes of all parameters and buffers of the prefix.
+
+    Parameters and buffers that the containers around the prefix own themselves (position embeddings, class tokens)
+    count too, as far as they are frozen.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name in prefix.module_names:
+        module = prefix.network.get_submodule(name)
+        dot = f"{name}." if name else ""
+        tensors |= {f"{dot}{key}": tensor for key, tensor in [*module.named_parameters(), *module.named_buffers()]}
+        parts = name.split(".") if name else []
+        for i in range(len(parts)):
+            dot = "".join(f"{part}." for part in parts[:i])
+            owner = prefix.network.get_submodule(dot[:-1])
+            own = [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]
+            tensors |= {f"{dot}{key}": tensor for key, tensor in own if not tensor.requires_grad}
+    digest = hashlib.sha256(repr((prefix.module_names, prefix.shapes, prefix.dtypes)).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(repr((name, tuple(tensor.shape), tensor.dtype)).encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def dataset_fingerprint(dataset: Any, fingerprint: str | None = None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,10 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from lightning_unfreeze.data.datasets import transform_of
+from lightning_unfreeze.data.datasets import nested_datasets, transform_of
 from lightning_unfreeze.data.loaders import EpochBatchSampler, EpochSampler, KeyedDataset, ResumableLoader
 from lightning_unfreeze.features.batch_form import BatchForm, NoStoreError
+from lightning_unfreeze.features.key import dataset_fingerprint, fingerprint_of, transform_fingerprint
 from lightning_unfreeze.features.prefix import FrozenPrefix
 from lightning_unfreeze.features.store import FeatureStore
 from lightning_unfreeze.seeding import keyed_rng
@@ -110,6 +111,55 @@ def probe_batch(loader: DataLoader[Any], view_0: Any, num_images: int) -> tuple[
 def _same(one: Any, other: Any) -> bool:
     pairs = zip(tree_leaves(one), tree_leaves(other), strict=True)
     return all(torch.equal(a, b) if isinstance(a, Tensor) else np.array_equal(a, b) for a, b in pairs)
+
+
+# --- what is stored ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ViewedData:
+    """What is stored: the views of a dataset, and how its samples are read and batched.
+
+    Attributes:
+        name: `"train"` or `"val"`.
+        loader: Gives collate function, batch size and workers.
+        views: The dataset with the transform of each view, view 0 first.
+        raw: A collated batch.
+        form: How a batch of the loader is built.
+        step_form: How a batch is built that the step gets, after the transfer hooks.
+        seed: Seed of random views.
+        fingerprint: The user's own word for what the data is.
+    """
+
+    name: str
+    loader: DataLoader[Any]
+    views: Sequence[Any]
+    raw: Any
+    form: BatchForm
+    step_form: BatchForm
+    seed: int
+    fingerprint: str | None = None
+
+    def key(self) -> str:
+        """Fingerprint of samples, transforms and views."""
+        return fingerprint_of(
+            data=dataset_fingerprint(self.views[0], fingerprint=self.fingerprint),
+            transforms=[_callables_fingerprint(view) for view in self.views],
+            collate=transform_fingerprint(self.loader.collate_fn),
+            seed=self.seed if len(self.views) > 1 else None,
+        )
+
+
+def _callables_fingerprint(dataset: Any) -> str:
+    """Fingerprint of the transforms, target transforms, image readers a dataset and those it wraps have."""
+    return fingerprint_of(
+        callables=[
+            [level, name, transform_fingerprint(value)]
+            for level, each in enumerate(nested_datasets(dataset))
+            for name, value in sorted(getattr(each, "__dict__", {}).items())
+            if callable(value) or (isinstance(value, list | tuple) and value and all(map(callable, value)))
+        ]
+    )
 
 
 # --- the pass over the images ----------------------------------------------------------------------------------------

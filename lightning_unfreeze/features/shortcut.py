@@ -1,97 +1,115 @@
-"""The shortcut past the frozen part, found and checked with the user's own steps."""
+"""The shortcut past the frozen part, found and checked with the steps of whoever trains the network."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # torch 2.6 has no public pytree; guarded by `test_batch_form__keeps_the_form_of_the_users_batch`
 from torch.utils._pytree import tree_leaves
-from torchmetrics import Metric
 
 from lightning_unfreeze.features.batch_form import NoStoreError
-from lightning_unfreeze.features.fill import ViewedData, seconds
-from lightning_unfreeze.features.prefix import FrozenPrefix, find_prefix
-from lightning_unfreeze.inside_lightning.steps import StepName, batch_on_device, step_output, training_loss
-from lightning_unfreeze.seeding import keyed_rng
+from lightning_unfreeze.features.prefix import FrozenPrefix
+from lightning_unfreeze.features.search import find_prefix
+from lightning_unfreeze.features.serve import ViewedData
+
+
+def _alone(value: Any) -> list[Any]:
+    return [value]
+
+
+def _no_bar(text: str, total: int) -> AbstractContextManager[Callable[[int], Any]]:
+    return nullcontext(lambda _: None)
 
 
 @dataclass(frozen=True)
-class Shortcut:
-    """A frozen prefix, and what a training step takes without and with it.
+class Host:
+    """Who trains the network: how a batch reaches it, what a step makes of it, and which processes take part.
+
+    Nothing in `features` knows a trainer; what it needs of one comes in as these plain callables.
 
     Attributes:
-        prefix: Holds for the module's training step.
-        reason: Why it does not lie deeper; empty where it does.
-        plain_seconds: Per image, of forward and backward on images.
-        stored_seconds: Per image, of forward and backward on features.
+        network: Whose frozen part is looked for.
+        device: Where the step runs.
+        feed: Makes of a collated batch what the step gets, on the device.
+        run: The training step on such a batch: what depends on the trainable parameters, the loss say.
+        outcome: All that a step gives and writes down on such a batch, by name; `True` for the training step, `False`
+            for that of validation.
+        aside: A context in which steps leave no trace. Collective: all processes enter it or none.
+        gather: A value of every process, on every process. Collective.
+        rank: Number of this process among those that fill a store.
+        num_ranks: Their number.
+        progress: A bar: text and total in, a context that yields `advance(n)` out.
     """
 
-    prefix: FrozenPrefix
-    reason: str
-    plain_seconds: float
-    stored_seconds: float
+    network: nn.Module
+    device: torch.device
+    feed: Callable[[Any], Any]
+    run: Callable[[Any], Any]
+    outcome: Callable[[Any, bool], dict[str, Any]]
+    aside: Callable[[], AbstractContextManager[None]]
+    gather: Callable[[Any], list[Any]] = _alone
+    rank: int = 0
+    num_ranks: int = 1
+    progress: Callable[[str, int], AbstractContextManager[Callable[[int], Any]]] = _no_bar
 
 
-def find_shortcut(trainer: pl.Trainer, pl_module: pl.LightningModule, data: ViewedData) -> Shortcut:
-    """The shortcut for the module's training step, checked on a batch. To be called in a `sandbox`.
+def find_shortcut(host: Host, data: ViewedData) -> tuple[FrozenPrefix, str]:
+    """The frozen prefix for the training step, checked on a batch; and why it does not lie deeper. Called `aside`.
 
     Args:
-        trainer: Gives device and precision.
-        pl_module: The module, its frozen part in eval mode.
+        host: Gives network and step; the frozen part in eval mode.
         data: Gives a batch and its form.
 
     Raises:
         NoStoreError: If there is none, with the reason.
     """
-    images, beside = data.step_form.split(batch_on_device(trainer, pl_module, data.raw))
-
-    def step(x: Tensor) -> Tensor:
-        rows = torch.arange(len(x)) % len(images)
-        own = {name: value[rows.to(value.device)] for name, value in beside.items()}
-        return _loss(trainer, pl_module, data.step_form.join(x, own))
-
-    prefix, reason = find_prefix(pl_module, images, step)
+    images, _ = data.step_form.split(host.feed(data.raw))
+    prefix, reason = find_prefix(host.network, images, _step_on(host, data))
     if prefix is None:
         raise NoStoreError(reason)
-    check_step(trainer, pl_module, prefix, data, "training_step")
-    with prefix.replay(prefix.extract(images)) as packed:
-        stored_seconds = seconds(lambda: step(packed).backward(), images.device)  # type: ignore[no-untyped-call]
-    plain_seconds = seconds(lambda: step(images).backward(), images.device)  # type: ignore[no-untyped-call]
-    return Shortcut(prefix, reason, plain_seconds / len(images), stored_seconds / len(images))
+    check_step(host, prefix, data, training=True)
+    return prefix, reason
 
 
-def check_step(
-    trainer: pl.Trainer,
-    pl_module: pl.LightningModule,
-    prefix: FrozenPrefix,
-    data: ViewedData,
-    name: StepName,
-) -> None:
+def _step_on(host: Host, data: ViewedData) -> Callable[[Tensor], Any]:
+    """The training step as a function of the images, or of what stands in their place; any number of them."""
+    images, beside = data.step_form.split(host.feed(data.raw))
+
+    def step(x: Tensor) -> Any:
+        rows = torch.arange(len(x)) % len(images)
+        own = {name: value[rows.to(value.device)] for name, value in beside.items()}
+        return host.run(data.step_form.join(x, own))
+
+    return step
+
+
+def check_step(host: Host, prefix: FrozenPrefix, data: ViewedData, training: bool) -> None:
     """A batch through all that lies between loader and loss, both ways: transfer hooks act on features, too.
 
-    Compares what the step returns and logs and the states of its metrics. To be called in a `sandbox`.
+    Compares what the step returns and logs and the states of its metrics. Called `aside`.
 
     Raises:
         NoStoreError: If they differ.
     """
+    name = "training_step" if training else "validation_step"
     hint = (
         "something between the loader and the network changes the images, or the step uses them in another way; do "
         "what changes images (a batch-transfer hook?) in the dataset's transform"
     )
-    batch = batch_on_device(trainer, pl_module, data.raw)
+    batch = host.feed(data.raw)
     packed = prefix.pack(prefix.extract(data.step_form.images(batch))).cpu()
     features = data.form.join(packed, data.form.split(data.raw)[1])
-    plain = _outcome(trainer, pl_module, batch, name)
+    plain = host.outcome(batch, training)
     try:
         with installed(prefix):
-            stored = _outcome(trainer, pl_module, batch_on_device(trainer, pl_module, features), name)
+            stored = host.outcome(host.feed(features), training)
     except Exception as error:
         raise NoStoreError(f"{name} fails on stored features ({error}): {hint}") from error
     differing = [(key, value, stored.get(key)) for key, value in plain.items() if not _close(value, stored.get(key))]
@@ -113,32 +131,28 @@ def installed(prefix: FrozenPrefix) -> Iterator[None]:
         prefix.remove()
 
 
-def _loss(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Tensor:
-    # without the wrapper of the strategy, so that ranks need not go together
-    loss = training_loss(trainer, pl_module, batch, together=False)
-    if loss is None:
-        raise NoStoreError("training_step returned no loss, so the shortcut cannot be checked")
-    return loss
+def step_seconds(host: Host, prefix: FrozenPrefix, data: ViewedData) -> tuple[float, float]:
+    """Seconds per image of forward and backward of the training step: on images, on features. Called `aside`."""
+    step, images = _step_on(host, data), data.step_form.images(host.feed(data.raw))
+    plain = seconds(lambda: step(images).backward(), images.device)
+    with prefix.replay(prefix.extract(images)) as packed:
+        stored = seconds(lambda: step(packed).backward(), images.device)
+    return plain / len(images), stored / len(images)
 
 
-@torch.no_grad()
-def _outcome(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, name: StepName) -> dict[str, Any]:
-    """What a step returns and logs, and the states of the metrics that it updates."""
-    found: dict[str, Any] = {}
-    metrics = {key: part for key, part in pl_module.named_modules() if isinstance(part, Metric)}
-    for metric in metrics.values():
-        metric.reset()
-    before = {key: vars(pl_module)[key] for key in ("log", "log_dict")}
-    vars(pl_module)["log"] = lambda key, value, *_, **__: found.update({key: value})
-    vars(pl_module)["log_dict"] = lambda values, *_, **__: found.update(values)
-    try:
-        with keyed_rng("check"):
-            found["output"] = step_output(trainer, pl_module, batch, name=name, together=False)
-    finally:
-        vars(pl_module).update(before)
-    for key, metric in metrics.items():
-        found[f"state of {key}"] = metric.metric_state
-    return found
+def seconds(action: Callable[[], Any], device: torch.device) -> float:
+    """Of the quicker of two runs after one that warms up: caches, lazy set-up and a busy machine only ever add time."""
+    return min([_seconds_once(action, device) for _ in range(3)][1:])
+
+
+def _seconds_once(action: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def _close(plain: Any, stored: Any) -> bool:

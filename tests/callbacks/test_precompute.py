@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import errno
 import pickle
 import time
@@ -37,7 +36,6 @@ from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.data.loaders import EpochSampler, KeyedDataset, ResumableLoader
 from lightning_unfreeze.features import store as feature_store
 from lightning_unfreeze.features.fill import FeaturePass
-from lightning_unfreeze.features.shortcut import find_shortcut
 from lightning_unfreeze.layers.groups import layer_groups
 from lightning_unfreeze.stages.plan import Stage
 from tests.conftest import SmallNet, UserModule, loader, quiet_trainer, random_images, same_weights, weights_of
@@ -328,23 +326,6 @@ def test_precompute__cached_batch_size_is_that_of_stored_stages(tmp_path):
     plan = [Stage("head", train="head", epochs=1, precompute=True), Stage("all", epochs=1)]
     fit(tmp_path, stages=plan, callbacks=[seen], options={"cached_batch_size": 20})
     assert [shape[0] for _, shape in seen.batches] == [20, 4, 8, 8, 8]
-
-
-def test_precompute__cached_batch_size_is_refused_beside_a_scheduler_that_counts_steps(tmp_path):
-    class ByStep(UserModule):
-        interval = "step"
-
-        def configure_optimizers(self) -> Any:
-            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
-            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, int(self.trainer.estimated_stepping_batches))
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.interval}}
-
-    with pytest.raises(MisconfigurationException, match=r"cached_batch_size=4 .* StepLR that counts steps"):
-        fit(tmp_path, ByStep(), options={"cached_batch_size": 4})
-    module = ByStep()
-    module.interval = "epoch"
-    _, trainer = fit(tmp_path, module, stages=head_stage(True), options={"cached_batch_size": 4})
-    assert trainer.global_step > 0
 
 
 def test_precompute__evaluation_outside_of_fit_reads_images(tmp_path):
@@ -824,10 +805,7 @@ class Slow(Images):
     ],
 )
 def test_precompute__stores_only_if_that_is_quicker(epochs, limit, num_views, pays, tmp_path, monkeypatch):
-    def timed_shortcut(*arguments: Any) -> Any:
-        return dataclasses.replace(find_shortcut(*arguments), plain_seconds=0.001, stored_seconds=0.0005)
-
-    monkeypatch.setattr(precompute, "find_shortcut", timed_shortcut)
+    monkeypatch.setattr(precompute, "step_seconds", lambda *_: (0.001, 0.0005))
     monkeypatch.setattr(precompute, "seconds", lambda *_: 8 * 0.005)
     monkeypatch.setattr(FeaturePass, "seconds_per_image", lambda *_: 0.006)
     options = {"policy": "auto", "num_views": num_views}
@@ -869,32 +847,6 @@ def test_precompute__a_later_boundary_is_reached_from_the_store_of_an_earlier_on
     plain, _ = fit(None, stages=plan(False))
     stored, _ = fit(tmp_path, stages=plan(True))
     assert sources == [("net.backbone.0", False), ("net.backbone", True)]
-    assert same_weights(weights_of(plain), weights_of(stored)) == []
-
-
-def test_precompute__gradual_unfreezing_reads_the_images_once(tmp_path, monkeypatch):
-    def plan(precompute: bool) -> list[Stage]:
-        return [
-            Stage("head", train="head", epochs=2, precompute=precompute),
-            Stage("top", train=2, epochs=2, precompute=precompute),
-            Stage("full", epochs=1),
-        ]
-
-    sources = []
-    original = FeaturePass._batches
-
-    def batches(self: FeaturePass, view: int, rows: torch.Tensor, earlier: Any) -> Any:
-        sources.append((self.data.name, self.prefix.boundary, earlier is not None))
-        return original(self, view, rows, earlier)
-
-    monkeypatch.setattr(FeaturePass, "_batches", batches)
-    plain, _ = fit(None, stages=plan(False))
-    stored, _ = fit(tmp_path, stages=plan(True))
-    assert [source for source in sources if source[0] == "train"] == [
-        ("train", "net.backbone.0", False),  # for the second stage, from the images
-        ("train", "net.backbone", True),  # for the first one, from that store
-    ]
-    assert all(from_store == (boundary == "net.backbone") for _, boundary, from_store in sources)
     assert same_weights(weights_of(plain), weights_of(stored)) == []
 
 

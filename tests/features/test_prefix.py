@@ -16,7 +16,9 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_unfreeze.features.prefix import FrozenPrefix, advance, find_prefix, fingerprint, verify
+from lightning_unfreeze.features.key import prefix_fingerprint
+from lightning_unfreeze.features.prefix import FrozenPrefix, advance
+from lightning_unfreeze.features.search import find_prefix, verify
 
 
 @pytest.fixture(autouse=True)
@@ -850,7 +852,7 @@ def test_pack__of_other_features_raises() -> None:
 
 def test_fingerprint__knows_parameters_buffers_and_position_embeddings_but_not_the_head() -> None:
     def of(network: nn.Module) -> str:
-        return fingerprint(find(network, torch.ones(3, 3, 32, 32)))
+        return prefix_fingerprint(find(network, torch.ones(3, 3, 32, 32)))
 
     resnet = freeze(build("test_resnet"), "conv1", "bn1", "layer1")
     vit = freeze(build("test_vit", img_size=32), *VIT, "blocks.0")

@@ -20,10 +20,11 @@ from torch.utils.data import (
 from lightning_unfreeze.data.datasets import innermost_dataset, nested_datasets, transform_of, with_transform
 from lightning_unfreeze.data.loaders import EpochSampler, KeyedDataset, ResumableLoader
 from lightning_unfreeze.features.batch_form import BatchForm, NoStoreError
-from lightning_unfreeze.features.fill import _callables_fingerprint
-from lightning_unfreeze.features.prefix import find_prefix
+from lightning_unfreeze.features.layout import StoreLayout, TensorSpec
+from lightning_unfreeze.features.search import find_prefix
 from lightning_unfreeze.features.serve import (
     FeatureDataset,
+    _callables_fingerprint,
     check_loader,
     evaluation_transform,
     feature_loader,
@@ -31,7 +32,8 @@ from lightning_unfreeze.features.serve import (
     probe_batch,
     view_batches,
 )
-from lightning_unfreeze.features.store import FeatureStore, FeatureWriter, StoreLayout, TensorSpec
+from lightning_unfreeze.features.store import FeatureStore
+from lightning_unfreeze.features.writer import FeatureWriter
 
 Named = namedtuple("Named", ["picture", "label"])
 IMAGES = torch.arange(4 * 3 * 2 * 2, dtype=torch.float32).reshape(4, 3, 2, 2)

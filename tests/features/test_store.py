@@ -20,16 +20,12 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_unfreeze.features import layout as feature_layout
 from lightning_unfreeze.features import store as feature_store
-from lightning_unfreeze.features.store import (
-    FeatureStore,
-    FeatureWriter,
-    StoreError,
-    StoreLayout,
-    TensorSpec,
-    prune,
-    store_lock,
-)
+from lightning_unfreeze.features import writer as feature_writer
+from lightning_unfreeze.features.layout import StoreError, StoreLayout, TensorSpec
+from lightning_unfreeze.features.store import FeatureStore, prune, store_lock
+from lightning_unfreeze.features.writer import FeatureWriter
 
 N, D = 100, 6
 
@@ -60,8 +56,10 @@ def start(code, *args, **environment):
         sys.path[:0] = {sys.path!r}
         from pathlib import Path
         import torch
-        from lightning_unfreeze.features import store as feature_store
+        from lightning_unfreeze.features import store as feature_store, writer as feature_writer
         from lightning_unfreeze.features.store import *
+        from lightning_unfreeze.features.layout import *
+        from lightning_unfreeze.features.writer import *
         N, D = {N}, {D}
     """
     functions = [inspect.getsource(function) for function in (features, layout_of, write_store)]
@@ -130,7 +128,7 @@ def test_store__bfloat16_rounds_as_torch_does(tmp_path):
     assert torch.equal(writer.finalize().read(torch.arange(64))["features"], values.bfloat16())
 
 
-def test_store__keeps_several_tensors_their_shapes_and_strides(tmp_path):
+def test_store__keeps_several_tensors_and_their_shapes(tmp_path):
     batch = {
         "map": torch.randn(5, 8, 3, 2).to(memory_format=torch.channels_last),
         "tokens": torch.randn(5, 4, 9).transpose(1, 2),
@@ -146,9 +144,7 @@ def test_store__keeps_several_tensors_their_shapes_and_strides(tmp_path):
     assert read.keys() == batch.keys()
     for name, tensor in batch.items():
         assert torch.equal(read[name], tensor[rows]), name
-        assert read[name].stride() == tensor.stride(), name
         assert read[name].dtype == tensor.dtype, name
-    assert read["map"].is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(
@@ -192,8 +188,6 @@ def test_store__refuses_what_does_not_fit_the_layout(tmp_path):
         TensorSpec.like(torch.zeros(1, 1), "int8")
     with pytest.raises(ValueError, match="element"):
         TensorSpec((3, 0), torch.float32)
-    with pytest.raises(ValueError, match="permutation"):
-        TensorSpec((3, 4), torch.float32, (1, 1))
     with pytest.raises(ValueError, match="num_rows=0"):
         layout_of(num_rows=0)
 
@@ -336,7 +330,8 @@ def test_open__every_flipped_bit_of_the_manifest_is_found_or_harmless(tmp_path):
 
 def test_open__other_format_version_is_an_error(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(feature_store, "_FORMAT_VERSION", 2)
+        for module in (feature_layout, feature_store):
+            patch.setattr(module, "FORMAT_VERSION", 3)
         write_store(tmp_path / "store")
     with pytest.raises(StoreError, match="another format"):
         open_store(tmp_path / "store")
@@ -378,7 +373,7 @@ def test_writer__unfinished_store_is_not_read(tmp_path):
 
 
 KILLED = """
-    feature_store._SYNC_BYTES = 24 * 16                        # journal every 16 rows
+    feature_writer._SYNC_BYTES = 24 * 16                        # journal every 16 rows
     writer = FeatureWriter(sys.argv[1], layout_of())
     for rows in torch.arange(60).split(8):
         writer.write(rows, {"features": features(rows)})
@@ -450,7 +445,7 @@ def test_writer__read_only_folder_is_an_error(read_only):
 
 def test_writer__checks_the_free_disk_first_and_says_the_estimate(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(feature_store.shutil, "disk_usage", lambda _: usage(2**40, 2**40, 2**30 // 2))
+    monkeypatch.setattr(feature_writer.shutil, "disk_usage", lambda _: usage(2**40, 2**40, 2**30 // 2))
     layout = StoreLayout("key", 2**20, {"features": TensorSpec((512,), torch.float16)}, num_views=3)
     assert layout.num_bytes == 3 * 2**30
     with pytest.raises(StoreError, match=r"needs 3\.00 GiB .* has 0\.50 GiB free"):
@@ -463,7 +458,7 @@ def test_writer__full_disk_is_an_error_and_leaves_nothing(small_disk, monkeypatc
     """Seen before writing, or where the estimate did not help (another process took the space), while writing."""
     if not checked:
         usage = namedtuple("usage", "total used free")
-        monkeypatch.setattr(feature_store.shutil, "disk_usage", lambda _: usage(0, 0, 2**40))
+        monkeypatch.setattr(feature_writer.shutil, "disk_usage", lambda _: usage(0, 0, 2**40))
     layout = StoreLayout("key", 1000, {"features": TensorSpec((512,), torch.float32)})  # 2 MB
 
     def write():
