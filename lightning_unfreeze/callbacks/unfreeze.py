@@ -29,7 +29,8 @@ from lightning_unfreeze.inside_lightning.distributed import (
     refuse_sync_batchnorm,
     refuse_untested_strategy,
 )
-from lightning_unfreeze.layers.groups import LayerGroup, frozen_modules, layer_groups, select
+from lightning_unfreeze.layers.freezing import fixed_parameters, frozen_modules, select, trained_parameters
+from lightning_unfreeze.layers.groups import LayerGroup, layer_groups
 from lightning_unfreeze.layers.param_groups import rate_ratios, split_param_groups
 from lightning_unfreeze.seeding import rng_state, seed_all, set_rng_state
 from lightning_unfreeze.stages.journal import StageJournal
@@ -196,7 +197,9 @@ class GradualUnfreeze(StageCallback):
             self._find_groups(pl_module)
         # what an earlier fit found: a layer group that it left frozen whole hides which of its parameters are fixed
         known = self._fixed & set(pl_module.parameters())
-        self._fixed = known | _parameters_that_never_train(self.groups)
+        self._fixed = known | fixed_parameters(self.groups)
+        for stage in self.stages:
+            self._trained(stage)
         if self._loaded is not None:
             self._take_over(trainer, self._loaded)
         if self._seed is None:
@@ -266,17 +269,23 @@ class GradualUnfreeze(StageCallback):
         run = self.current_run(trainer)
         if self._entered == run.index:
             return run
-        chosen = set(select(self.groups, run.stage.train))
-        self._require_gradients(chosen)
-        self._set_modes(trainer.lightning_module, chosen)
+        trained = self._trained(run.stage)
+        self._require_gradients(trained)
+        self._set_modes(trainer.lightning_module, run.stage, trained)
         rebuild_ddp(trainer)
         self._entered = run.index
         return run
 
-    def _require_gradients(self, chosen: set[str]) -> None:
-        for name, group in self.groups.items():
+    def _trained(self, stage: Stage) -> set[nn.Parameter]:
+        try:
+            return trained_parameters(self.groups, stage.train, self._fixed)
+        except ValueError as error:
+            raise MisconfigurationException(f"stage {stage.name!r}: {error}") from None
+
+    def _require_gradients(self, trained: set[nn.Parameter]) -> None:
+        for group in self.groups.values():
             for parameter in group.parameters():
-                parameter.requires_grad_(name in chosen and parameter not in self._fixed)
+                parameter.requires_grad_(parameter in trained)
                 if not parameter.requires_grad:
                     parameter.grad = None
 
@@ -284,16 +293,17 @@ class GradualUnfreeze(StageCallback):
     def as_if_in(self, stage: Stage) -> Iterator[None]:
         """The parameters require gradients as in `stage`; modes stay as they are."""
         before = [(p, p.requires_grad) for group in self.groups.values() for p in group.parameters()]
-        self._require_gradients(set(select(self.groups, stage.train)))
+        self._require_gradients(self._trained(stage))
         try:
             yield
         finally:
             for parameter, required in before:
                 parameter.requires_grad_(required)
 
-    def _set_modes(self, pl_module: pl.LightningModule, chosen: set[str]) -> None:
+    def _set_modes(self, pl_module: pl.LightningModule, stage: Stage, trained: set[nn.Parameter]) -> None:
         self._put_modes_back()
-        self._frozen = frozen_modules(pl_module, self.groups, chosen)
+        fixed = {parameter for group in self.groups.values() for parameter in group} - trained
+        self._frozen = frozen_modules(pl_module, self.groups, select(self.groups, stage.train), fixed)
         if not self.train_bn:
             pretrained = {parameter for group in list(self.groups.values())[:-1] for parameter in group}
             self._frozen += [
@@ -589,23 +599,6 @@ def _validate_at_epoch_end(trainer: pl.Trainer) -> None:
     loop.run()
     trainer.training = True
     set_rng_state(before)
-
-
-def _parameters_that_never_train(groups: dict[str, LayerGroup]) -> set[nn.Parameter]:
-    """Parameters that cannot train, or that the module fixed itself in a layer group of which the rest trains.
-
-    A fixed position table stays fixed; a group that is frozen whole is taken for the user's own freezing.
-    """
-    fixed = set()
-    for group in groups.values():
-        parameters = list(group.parameters())
-        some_train = any(parameter.requires_grad for parameter in parameters)
-        fixed |= {
-            parameter
-            for parameter in parameters
-            if not parameter.is_floating_point() or (some_train and not parameter.requires_grad)
-        }
-    return fixed
 
 
 def _expand_scheduler(scheduler: Any, num_before: int, parents: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""Ordered layer groups of a network, input first, head last; what they freeze, and the param groups they make.
+"""Ordered layer groups of a network, input first, head last.
 
 A layer group keeps names, not modules: `sync_batchnorm` and `convert_sync_batchnorm` replace modules in the middle of
 a set-up, parameters stay. Membership is decided by the identity of a parameter, never by its value.
@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import difflib
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_unfreeze.layers.adapters import adapter_parameters
 from lightning_unfreeze.layers.families import HEAD, group_by_matcher, has_parameters, matcher_of
+from lightning_unfreeze.layers.hugging_face import block_lists, group_by_block_lists
 
 _HEAD_ATTRIBUTES = ("head", "classifier", "fc")
 
@@ -49,9 +50,13 @@ class LayerGroup:
     def __iter__(self) -> Iterator[nn.Parameter]:
         return self.parameters()
 
+    def adapters(self) -> set[nn.Parameter]:
+        """Those of its parameters that belong to adapters (see `adapter_parameters`)."""
+        return adapter_parameters(self.root) & set(self)
+
     def modules(self) -> list[nn.Module]:
         """The outermost modules that belong to this group alone, looked up anew in the module."""
-        return list(_outermost(self.root, set(self.parameters()), set(self.free_module_names)))
+        return list(outermost(self.root, set(self.parameters()), set(self.free_module_names)))
 
 
 def layer_groups(module: nn.Module, network: str | None = None) -> dict[str, LayerGroup]:
@@ -85,7 +90,7 @@ def layer_groups(module: nn.Module, network: str | None = None) -> dict[str, Lay
     """
     if not any(True for _ in module.parameters()):
         raise MisconfigurationException(f"{type(module).__name__} has no parameters, so there are no layer groups")
-    if callable(getattr(module, "layer_groups", None)):
+    if _has_own_method(module):
         groups, free = _own_groups(module)
         scopes = [name for name, child in module.named_children() if has_parameters(child)]
         return _build(module, groups, free, scopes)
@@ -106,55 +111,6 @@ def layer_groups(module: nn.Module, network: str | None = None) -> dict[str, Lay
     return _build(module, partition, {}, [path])
 
 
-def frozen_modules(module: nn.Module, groups: Mapping[str, LayerGroup], trained: Collection[str]) -> list[nn.Module]:
-    """The outermost modules to keep in eval mode while the groups `trained` train and all others are frozen.
-
-    That is every module all of whose parameters are frozen, with everything inside it, and the modules without
-    parameters that follow a frozen one. What stands right before the head (its dropout) goes with the head, unless it
-    has buffers. Modules without parameters outside the network (augmentations, metrics, losses) are left alone.
-    """
-    frozen = [group for name, group in groups.items() if name not in trained]
-    parameters = {parameter for group in frozen for parameter in group}
-    return list(_outermost(module, parameters, {name for group in frozen for name in group.free_module_names}))
-
-
-def select(groups: Iterable[str], train: str | int | Sequence[str]) -> list[str]:
-    """The names of the layer groups that a stage's `train` asks for, input first.
-
-    Args:
-        groups: All group names, input first.
-        train: `"head"`, `"all"`, the number of groups from the top (head included), or a list of names or globs;
-            `"head"` in it is the last group, whatever its name.
-
-    Raises:
-        ValueError: For a name or glob that no group has, or more groups than there are.
-
-    Example:
-        >>> select(["stem", "layer1", "layer2", "head"], ["stem", "layer*"])
-        ['stem', 'layer1', 'layer2']
-    """
-    names = list(groups)
-    if train == "all":
-        return names
-    if isinstance(train, int):
-        if not 1 <= train <= len(names):
-            raise ValueError(f"train={train} layer groups, there are {len(names)}: {', '.join(names)}; give 1 to all")
-        return names[-train:]
-    patterns = [train] if isinstance(train, str) else train
-    chosen: set[str] = set()
-    for pattern in patterns:
-        hits = {name for name in names if name == pattern or fnmatchcase(name, pattern)}
-        if not hits and pattern == HEAD:
-            hits = {names[-1]}
-        if not hits:
-            raise ValueError(
-                f"train names {pattern!r}, and no layer group is called so.{_near(pattern, names)} "
-                f"The layer groups: {', '.join(names)}"
-            )
-        chosen |= hits
-    return [name for name in names if name in chosen]
-
-
 # --- where the network is --------------------------------------------------------------------------------------------
 
 
@@ -164,7 +120,7 @@ def _find_network(module: nn.Module, network: str | None) -> str:
         paths = [name for name, _ in module.named_modules(remove_duplicate=False)]
         if network not in paths:
             raise MisconfigurationException(
-                f"network={network!r}: {type(module).__name__} has no module of this name.{_near(network, paths)} "
+                f"network={network!r}: {type(module).__name__} has no module of this name.{near(network, paths)} "
                 f"It has {_list_children(module)}"
             )
         if not has_parameters(module.get_submodule(network)):
@@ -183,7 +139,18 @@ def _find_network(module: nn.Module, network: str | None) -> str:
 
 
 def _has_backbone(module: nn.Module) -> bool:
-    return has_parameters(getattr(module, "backbone", None)) and _has_head_outside(module, "backbone")
+    return has_parameters(_child(module, "backbone")) and _has_head_outside(module, "backbone")
+
+
+# PEFT's wrappers answer `getattr` with what the network inside them has, so these two look at the module itself
+
+
+def _has_own_method(module: nn.Module) -> bool:
+    return "layer_groups" in vars(module) or callable(getattr(type(module), "layer_groups", None))
+
+
+def _child(module: nn.Module, name: str) -> nn.Module | None:
+    return module._modules.get(name)  # `named_children` leaves out a second name of one module
 
 
 def _known_models(module: nn.Module) -> list[str]:
@@ -191,8 +158,8 @@ def _known_models(module: nn.Module) -> list[str]:
     found: list[str] = []
     for path, child in module.named_modules():
         within_found = any(not outer or path.startswith(f"{outer}.") for outer in found)
-        own_method = path and callable(getattr(child, "layer_groups", None))
-        if not within_found and has_parameters(child) and (own_method or matcher_of(child) is not None):
+        own_method = path and _has_own_method(child)
+        if not within_found and has_parameters(child) and (own_method or matcher_of(child) or block_lists(child)):
             found.append(path)
     return found
 
@@ -200,12 +167,11 @@ def _known_models(module: nn.Module) -> list[str]:
 def _has_head_outside(module: nn.Module, path: str) -> bool:
     """Whether a head stands beside the network, which then is a backbone."""
     first = path.split(".")[0]
-    return bool(first) and any(
-        has_parameters(getattr(module, name, None)) for name in _HEAD_ATTRIBUTES if name != first
-    )
+    return bool(first) and any(has_parameters(_child(module, name)) for name in _HEAD_ATTRIBUTES if name != first)
 
 
-def _near(name: str, names: Iterable[str]) -> str:
+def near(name: str, names: Iterable[str]) -> str:
+    """A hint at names that are close to one that is not there; empty where none is."""
     close = difflib.get_close_matches(name, [other for other in names if other], n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
@@ -219,13 +185,24 @@ def _cannot_group(module: nn.Module, reason: str, candidates: Sequence[str] = ()
     children = [name for name, child in module.named_children() if has_parameters(child)]
     names = candidates or children
     choices = " or ".join(f'network="{name}"' for name in names if name) or 'network="..."'
-    first, last = (children[0], children[-1]) if children else ("stem", "fc")
+    first, last = _first_and_last_part(module)
     return MisconfigurationException(
         f"{type(module).__name__} cannot be split into layer groups: {reason}. It has {_list_children(module)}. "
-        f"Say which part is a timm or torchvision model or an nn.Sequential, {choices}; or give the module a method, "
-        f'input first, head last, e.g. `def layer_groups(self): return {{"stem": self.{first}, "head": self.{last}}}`, '
+        f"Say which part is a timm, torchvision or Hugging Face model or an nn.Sequential, {choices}; or give the "
+        "module a method, input first, head last, e.g. "
+        f'`def layer_groups(self): return {{"stem": self.{first}, "head": self.{last}}}`, '
         "with modules, parameters, name prefixes or lists of those as values"
     )
+
+
+def _first_and_last_part(module: nn.Module) -> tuple[str, str]:
+    """Two different parts for an example, from as deep inside as there is more than one."""
+    path = ""
+    while children := [name for name, child in module.named_children() if has_parameters(child)]:
+        if len(children) > 1:
+            return path + children[0], path + children[-1]
+        path, module = f"{path}{children[0]}.", module.get_submodule(children[0])
+    return "stem", "fc"
 
 
 # --- how a network is split ------------------------------------------------------------------------------------------
@@ -233,7 +210,7 @@ def _cannot_group(module: nn.Module, reason: str, candidates: Sequence[str] = ()
 
 def _partition(network: nn.Module, *, has_head: bool) -> dict[str, list[nn.Parameter]] | None:
     """Group name -> parameters, `"head"` last if the network holds its head; None if its kind is not known."""
-    if callable(getattr(network, "layer_groups", None)):
+    if _has_own_method(network):
         own, _ = _own_groups(network)
         if has_head and HEAD not in own:
             own[HEAD] = own.pop(list(own)[-1])
@@ -241,6 +218,8 @@ def _partition(network: nn.Module, *, has_head: bool) -> dict[str, list[nn.Param
     matcher = matcher_of(network)
     if matcher is not None:
         return group_by_matcher(network, matcher)
+    if block_lists(network):
+        return group_by_block_lists(network)
     inner = ["backbone"] if _has_backbone(network) else _known_models(network)
     if len(inner) == 1:
         model = network.get_submodule(inner[0])
@@ -283,7 +262,7 @@ def _own_groups(module: nn.Module) -> tuple[dict[str, list[nn.Parameter]], dict[
             if not found:
                 raise MisconfigurationException(
                     f"{type(module).__name__}.layer_groups(), group {group!r}: nothing with parameters is called "
-                    f"{item!r}.{_near(item, [*parameters, *names_of.values()])}"
+                    f"{item!r}.{near(item, [*parameters, *names_of.values()])}"
                 )
             groups[group] += found
         elif isinstance(item, Iterable):
@@ -396,7 +375,7 @@ def _assign_free_modules(
     return dict(reversed(found.items()))
 
 
-def _outermost(module: nn.Module, parameters: set[nn.Parameter], free_names: set[str]) -> Iterator[nn.Module]:
+def outermost(module: nn.Module, parameters: set[nn.Parameter], free_names: set[str]) -> Iterator[nn.Module]:
     """Modules inside with no other parameters than these, and the named ones without any; none inside another."""
 
     def walk(path: str, part: nn.Module) -> Iterator[nn.Module]:

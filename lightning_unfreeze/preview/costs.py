@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from lightning_unfreeze.callbacks.base import StageRun, players
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.inside_lightning.sandbox import batch_on_device, sandbox, training_loss
-from lightning_unfreeze.layers.groups import select
+from lightning_unfreeze.layers.freezing import select
 from lightning_unfreeze.layers.param_groups import rate_ratios
 from lightning_unfreeze.stages.plan import Stage
 

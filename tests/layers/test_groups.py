@@ -10,7 +10,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from packaging.version import Version
 from torch import nn
 
-from lightning_unfreeze.layers.groups import LayerGroup, frozen_modules, layer_groups, select
+from lightning_unfreeze.layers.freezing import frozen_modules, select
+from lightning_unfreeze.layers.groups import LayerGroup, layer_groups
 from lightning_unfreeze.layers.param_groups import rate_ratios, split_param_groups
 
 RESNET = {"stem": "conv1 bn1", "layer1": "layer1", "layer2": "layer2", "layer3": "layer3", "layer4": "layer4"}
@@ -474,6 +475,7 @@ def two_models() -> nn.Module:
             ["Net cannot", "a (Linear), b (Linear)", 'network="a"', "def layer_groups"],
         ),
         (Net(a=Net(x=linear())), "a", ["a (Net)", "def layer_groups"]),
+        (Net(a=Net(b=Net(x=linear(), y=linear()))), None, ['{"stem": self.a.b.x, "head": self.a.b.y}']),
         (Net(a=nn.ReLU()), None, ["no parameters"]),
         (linear(), None, ["Linear cannot", "def layer_groups(self)"]),
         (Net(lambda m: {"a": m.a}, a=linear(), b=linear()), None, ["2 parameters", "no layer group: b.weight, b.bias"]),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_unfreeze.layers.groups import select
+from lightning_unfreeze.layers.freezing import select
 from lightning_unfreeze.stages.plan import Stage, check_plan
 from lightning_unfreeze.study.design.arms import (
     ALL,
