@@ -30,6 +30,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 import lightning_unfreeze.digits_resnet  # noqa: F401  (registers the demo's backbone with timm)
 from lightning_unfreeze.layers.families import HEAD
 from lightning_unfreeze.layers.groups import layer_groups
+from lightning_unfreeze.seeding import kept_rng
 
 TORCHVISION = "torchvision/"
 
@@ -190,7 +191,7 @@ def _build_timm(
         return model, resolve_model_data_config(model)
 
     # the same draws twice: what equals the network without weights afterwards was not in the file
-    with torch.random.fork_rng(devices=[]):
+    with kept_rng():
         reference = timm.create_model(name, num_classes=num_classes, **kwargs)
     # timm drops a head of another number of classes from the file; -1 is always another
     overlay = {"file": pretrained, "num_classes": -1}

@@ -103,6 +103,23 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(cuda_state.cpu())
 
 
+@contextmanager
+def kept_rng() -> Iterator[None]:
+    """Whatever is drawn or seeded inside, afterwards the random state is that of before (see `rng_state`).
+
+    >>> before = torch.get_rng_state()
+    >>> with kept_rng():
+    ...     number = torch.rand(1)
+    >>> torch.equal(before, torch.get_rng_state())
+    True
+    """
+    before = rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(before)
+
+
 def seed_all(*key: int | str) -> None:
     """Seed Python's, numpy's global and torch's generators (accelerators too) from a key, for good.
 

@@ -85,11 +85,11 @@ ALLOWED = {
     "stages": {"reporting"},
     "data": {"seeding"},
     "features": {"data", "seeding"},
-    "inside_lightning": {"seeding"},
+    "inside_lightning": {"layers", "seeding"},
     "tta": {"inside_lightning", "data", "seeding"},
     "callbacks": {"features", "tta", "inside_lightning", "data", "stages", "layers", *LEAVES},
     "digits_resnet": set(),
-    "module": {"digits_resnet", "layers", "data"},
+    "module": {"digits_resnet", "layers", "data", "seeding"},
     "recipe": {"callbacks", "stages"},
     "preview": {"callbacks", "features", "inside_lightning", "data", "stages", "layers", *LEAVES},
     "study": {
@@ -150,7 +150,7 @@ def test_package__never_prints_nor_validates_by_assert(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         where = f"{path.name}:{getattr(node, 'lineno', 0)}"
         assert not isinstance(node, ast.Assert), where
-        if path.name != "cli.py" and isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id != "print", where
 
 

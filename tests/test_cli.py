@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -322,10 +323,11 @@ def test_error__of_a_worker_is_its_own_line(
     def fail(arguments: list[str]) -> None:
         raise OSError(text)
 
-    monkeypatch.setattr("lightning_unfreeze.cli._plan", fail)
+    monkeypatch.setattr("lightning_unfreeze.cli.plan.main", fail)
     with pytest.raises(SystemExit):
         main(["plan"])
-    assert capsys.readouterr().err == "error: a.jpg\n"
+    said = capsys.readouterr().err
+    assert said.startswith("error: a.jpg (OSError at ") and said.count("\n") == 1
 
 
 def test_error__of_a_missing_extra_says_what_to_install(
@@ -335,6 +337,72 @@ def test_error__of_a_missing_extra_says_what_to_install(
     with pytest.raises(SystemExit):
         main(["study", "plan"])
     assert "lightning-unfreeze[study]" in capsys.readouterr().err
+
+
+USERS_CODE = {
+    "step": "first, second = [1, 2, 3]",
+    "inside a library": "torch.tensor([1]).mean() if batch is None else np.zeros((2, 3)).reshape(4)",
+    "loop": "next(iter([])) if batch is None else int('four')",
+}
+
+
+@pytest.mark.parametrize("mistake", sorted(USERS_CODE))
+def test_error__of_the_users_own_code_names_his_line(
+    mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"mine_{sorted(USERS_CODE).index(mistake)}"
+    (tmp_path / f"{name}.py").write_text(
+        "import numpy as np\nimport torch\nfrom lightning_unfreeze import TransferClassifier\n\n"
+        "class Mine(TransferClassifier):\n    def training_step(self, batch, batch_idx):\n"
+        f"        {USERS_CODE[mistake]}\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    arguments = ["--model", f"{name}.Mine", "--model.backbone=digits_resnet", "--model.num_classes=5"]
+    plain = ["--trainer.callbacks=[]", "--trainer.max_epochs=1"]
+    assert_one_line(
+        ["fit", *QUICK, *arguments, *plain],
+        rf"ValueError at .*{name}\.py:7, in training_step: {re.escape(USERS_CODE[mistake])}\)$",
+        capsys,
+    )
+
+
+def test_error__of_the_packages_own_checks_names_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert_one_line(["fit", *QUICK, "--model.num_classes=7"], r"num_classes to 5\.$", capsys)
+
+
+def test_one_line_errors__serve_a_command_line_of_ones_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lightning.pytorch.cli import LightningCLI
+
+    from lightning_unfreeze import DigitsData, TransferClassifier
+    from lightning_unfreeze.cli.errors import one_line_errors
+    from lightning_unfreeze.cli.parser import OneLineParser
+
+    def own_main(*arguments: str) -> None:
+        monkeypatch.setattr("sys.argv", ["own.py", "fit", *arguments])
+        with one_line_errors():
+            LightningCLI(TransferClassifier, DigitsData, parser_class=OneLineParser)
+
+    for arguments, says in (
+        (("--model.backbone=digits_resnet", "--model.num_classes=1"), r"num_classes=1: give 2"),
+        (("--model.backbone=digits_resnet", "--model.classes=5"), r"classes"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            own_main(*arguments)
+        said = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert said.count("\n") == 1 and re.search(says, said), said
+
+
+def test_help__imports_neither_torch_nor_lightning() -> None:
+    check = (
+        "import sys; from lightning_unfreeze.cli import main; main(['--help']); "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'lightning', 'matplotlib')))"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "lr-find" in done.stdout
 
 
 @pytest.mark.slow

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import Any, ClassVar, Literal, get_args
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from matplotlib.figure import Figure
-from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lightning_unfreeze.callbacks.base import StageCallback, players, set_lr
-from lightning_unfreeze.inside_lightning.sandbox import batch_on_device, sandbox, training_loss
+from lightning_unfreeze.inside_lightning.loaders import fresh_batches
+from lightning_unfreeze.inside_lightning.sandbox import sandbox
+from lightning_unfreeze.inside_lightning.steps import optimizer_step
 from lightning_unfreeze.reporting import progress_bar, report_dir, save_figure, write_csv
 from lightning_unfreeze.stages.plan import Stage
 from lightning_unfreeze.stages.range_test_rules import (
@@ -202,18 +199,24 @@ class LRFinderPerStage(StageCallback):
         """
         optimizer = trainer.optimizers[0]
         ratios = _peak_ratios(optimizer)
-        around = players(trainer)
         lrs: list[float] = []
         losses: list[float] = []
+
+        def around(batch: Any) -> ExitStack:
+            with ExitStack() as stack:
+                for player in players(trainer):
+                    stack.enter_context(player.around_step(trainer, pl_module, batch))
+                return stack.pop_all()
+
         with (
             progress_bar(trainer, f"range test of stage {name!r}", self.num_steps) as advance,
-            _fresh_batches(trainer) as batches,
+            fresh_batches(trainer) as batches,
             sandbox(trainer, pl_module),
         ):
             for rate in exponential_ramp(self.min_lr, self.max_lr, self.num_steps).tolist():
                 for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
                     set_lr(group, rate * ratio)
-                loss = _optimizer_step(trainer, pl_module, batches, around)
+                loss = optimizer_step(trainer, pl_module, batches, around)
                 advance(1)
                 if loss is None:
                     continue
@@ -246,89 +249,11 @@ class LRFinderPerStage(StageCallback):
         self.results = {name: RangeTest(**result) for name, result in state_dict["results"].items()}
 
 
-def _optimizer_step(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, batches: Iterator[Any], around: list[StageCallback]
-) -> Tensor | None:
-    """One optimizer step as the Trainer makes it; the mean loss of its micro-batches, None where all were skipped."""
-    strategy, optimizer, num_micro = trainer.strategy, trainer.optimizers[0], trainer.accumulate_grad_batches
-    losses: list[Tensor] = []
-
-    def forward_backward() -> Tensor | None:
-        batch, batch_idx, _ = next(batches)
-        with ExitStack() as stack:
-            for player in around:
-                stack.enter_context(player.around_step(trainer, pl_module, batch))
-            loss = training_loss(trainer, pl_module, batch_on_device(trainer, pl_module, batch), batch_idx)
-            if loss is not None:
-                losses.append(loss.detach().float())
-                strategy.backward(loss / num_micro, optimizer)
-        return loss
-
-    optimizer.zero_grad()
-    for _ in range(num_micro - 1):
-        # as Lightning's own loop: ranks are reduced at the last micro-batch only
-        with strategy.block_backward_sync() if hasattr(strategy, "block_backward_sync") else ExitStack():
-            forward_backward()
-    strategy.optimizer_step(optimizer, forward_backward, pl_module)
-    return torch.stack(losses).mean() if losses else None
-
-
 def _peak_ratios(optimizer: torch.optim.Optimizer) -> list[float]:
     """Peak of each param group over the highest; 0 for a frozen group."""
     peaks = [float(group.get("peak_lr", group["lr"])) for group in optimizer.param_groups]
     highest = max(peaks)
     return [peak / highest if highest > 0 else 1.0 for peak in peaks]
-
-
-@contextmanager
-def _fresh_batches(trainer: pl.Trainer) -> Iterator[Iterator[tuple[Any, int, int]]]:
-    """Batches of the stage's training data without end, as (batch, place in its pass, 0), from iterators of their own.
-
-    The Trainer's loaders, their iterators, their workers and the generators of their samplers stay as they are.
-    """
-    loaders = [value for value in _flattened(trainer) if isinstance(value, DataLoader)]
-    drawn_from = [part for loader in loaders for part in (loader, *_samplers(loader))]
-    generators = {id(g): g for g in (getattr(part, "generator", None) for part in drawn_from) if g is not None}
-    before = [(generator, generator.get_state()) for generator in generators.values()]
-    # the mode has no public name; guarded by `test_finder__several_loaders_are_combined_as_in_training` (Lightning 2.6)
-    fresh = CombinedLoader(trainer.train_dataloader, trainer.fit_loop._combined_loader._mode)  # type: ignore[union-attr]
-    fresh.flattened = [_fresh(loader) for loader in fresh.flattened]
-    limit = None if trainer.num_training_batches == float("inf") else int(trainer.num_training_batches)
-    batches = _endless(fresh, limit)
-    try:
-        yield batches
-    finally:
-        batches.close()  # type: ignore[attr-defined]
-        fresh.reset()  # ends worker processes
-        for generator, state in before:
-            generator.set_state(state)
-
-
-def _flattened(trainer: pl.Trainer) -> list[Any]:
-    return CombinedLoader(trainer.train_dataloader).flattened
-
-
-def _samplers(loader: DataLoader[Any]) -> list[Any]:
-    return [loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)]
-
-
-def _fresh(loader: Any) -> Any:
-    if not isinstance(loader, DataLoader):
-        return loader
-    twin = copy.copy(loader)
-    # else an iterator of the copy would reset the live one, where its workers are persistent
-    vars(twin)["_iterator"] = None
-    return twin
-
-
-def _endless(loader: CombinedLoader, limit: int | None) -> Iterator[tuple[Any, int, int]]:
-    while True:
-        empty = True
-        for numbered in islice(iter(loader), limit):
-            empty = False
-            yield numbered
-        if empty:
-            raise MisconfigurationException("the training data gives no batch, so there is nothing to test on")
 
 
 def _visible_range(losses: list[float], smoothed: list[float]) -> tuple[float, float]:

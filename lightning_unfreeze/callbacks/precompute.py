@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -35,7 +35,8 @@ from lightning_unfreeze.features.serve import (
 from lightning_unfreeze.features.shortcut import Host, check_step, find_shortcut, installed, seconds, step_seconds
 from lightning_unfreeze.features.store import prune
 from lightning_unfreeze.inside_lightning.distributed import gather_objects
-from lightning_unfreeze.inside_lightning.sandbox import batch_on_device, in_eval_mode, sandbox, step_arguments
+from lightning_unfreeze.inside_lightning.sandbox import in_eval_mode, sandbox
+from lightning_unfreeze.inside_lightning.steps import StepName, batch_on_device, step_output, training_loss
 from lightning_unfreeze.reporting import progress_bar
 from lightning_unfreeze.seeding import keyed_rng
 from lightning_unfreeze.stages.plan import Stage
@@ -284,7 +285,18 @@ class PrecomputeFeatures(StageCallback):
             self._datasets["train"].view = (trainer.current_epoch - run.start_epoch) % views
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Has the loaders asked for again, if `configure_optimizers` asked for them before there was a stage."""
+        """Has the loaders asked for again, if `configure_optimizers` asked for them before there was a stage.
+
+        Raises:
+            MisconfigurationException: For a scheduler that counts steps, beside other steps than it was made for.
+        """
+        by_step = [config.scheduler for config in trainer.lr_scheduler_configs if config.interval == "step"]
+        if by_step and self.cached_batch_size is not None:
+            raise MisconfigurationException(
+                f"cached_batch_size={self.cached_batch_size} changes the number of steps of an epoch, and "
+                f"`configure_optimizers` returned a {type(by_step[0]).__name__} that counts steps; leave "
+                'cached_batch_size out, or give the scheduler {"interval": "epoch"}'
+            )
         if self._sources:
             _ask_for_loaders_again(trainer)
 
@@ -443,9 +455,9 @@ def _host(trainer: pl.Trainer) -> Host:
     module = trainer.lightning_module
 
     def loss(batch: Any) -> Tensor:
-        output = _step_output(trainer, module, batch, "training_step")
-        found = output["loss"] if isinstance(output, Mapping) else output
-        if not isinstance(found, Tensor):
+        # without the wrapper of the strategy, so that ranks need not go together
+        found = training_loss(trainer, module, batch, together=False)
+        if found is None:
             raise NoStoreError("training_step returned no loss, so the shortcut cannot be checked")
         return found
 
@@ -463,15 +475,6 @@ def _host(trainer: pl.Trainer) -> Host:
     )
 
 
-def _step_output(
-    trainer: pl.Trainer, module: pl.LightningModule, batch: Any, name: Literal["training_step", "validation_step"]
-) -> Any:
-    """Of a step without the wrapper of the strategy, so that ranks need not go together."""
-    step, plugin = getattr(module, name), trainer.precision_plugin
-    with plugin.train_step_context() if name == "training_step" else plugin.val_step_context():
-        return step(*step_arguments(step, batch, 0))
-
-
 @torch.no_grad()
 def _outcome(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, training: bool) -> dict[str, Any]:
     """What a step returns and logs, and the states of the metrics that it updates."""
@@ -484,7 +487,8 @@ def _outcome(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, traini
     vars(module)["log_dict"] = lambda values, *_, **__: found.update(values)
     try:
         with keyed_rng("check"):
-            found["output"] = _step_output(trainer, module, batch, "training_step" if training else "validation_step")
+            name: StepName = "training_step" if training else "validation_step"
+            found["output"] = step_output(trainer, module, batch, name=name, together=False)
     finally:
         vars(module).update(before)
     for key, metric in metrics.items():

@@ -32,7 +32,7 @@ from lightning_unfreeze.inside_lightning.distributed import (
 from lightning_unfreeze.layers.freezing import fixed_parameters, frozen_modules, select, trained_parameters
 from lightning_unfreeze.layers.groups import LayerGroup, layer_groups
 from lightning_unfreeze.layers.param_groups import rate_ratios, split_param_groups
-from lightning_unfreeze.seeding import rng_state, seed_all, set_rng_state
+from lightning_unfreeze.seeding import kept_rng, rng_state, seed_all, set_rng_state
 from lightning_unfreeze.stages.journal import StageJournal
 from lightning_unfreeze.stages.plan import Stage, check_plan, plan_epochs
 
@@ -332,13 +332,10 @@ class GradualUnfreeze(StageCallback):
     @contextmanager
     def around_stage_start(self, trainer: pl.Trainer, run: StageRun) -> Iterator[None]:
         """A random state that depends on the stage alone, for a range test; the epoch's own is put back after it."""
-        before = rng_state()
-        seed_all("stage", self._seed or 0, run.index, trainer.global_rank)
-        self._put_frozen_in_eval_mode()
-        try:
+        with kept_rng():
+            seed_all("stage", self._seed or 0, run.index, trainer.global_rank)
+            self._put_frozen_in_eval_mode()
             yield
-        finally:
-            set_rng_state(before)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Makes up for what came after the last batch of an epoch, where the checkpoint has that and no more.
@@ -592,13 +589,12 @@ def _validate_at_epoch_end(trainer: pl.Trainer) -> None:
     due = at_epoch_end and every_epochs > 0 and (trainer.current_epoch + 1) % every_epochs == 0
     if not (trainer.enable_validation and due):
         return
-    before = rng_state()
     loop = trainer.fit_loop.epoch_loop.val_loop
     loop.restarting = False
     trainer.validating = True
-    loop.run()
+    with kept_rng():
+        loop.run()
     trainer.training = True
-    set_rng_state(before)
 
 
 def _expand_scheduler(scheduler: Any, num_before: int, parents: Sequence[int]) -> None:

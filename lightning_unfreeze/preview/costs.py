@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from inspect import signature
 from typing import Any
@@ -15,12 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from lightning_unfreeze.callbacks.base import StageRun, players
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
-from lightning_unfreeze.inside_lightning.sandbox import batch_on_device, sandbox, training_loss
+from lightning_unfreeze.features.shortcut import seconds
+from lightning_unfreeze.inside_lightning.sandbox import sandbox
+from lightning_unfreeze.inside_lightning.steps import batch_on_device, training_loss
 from lightning_unfreeze.layers.freezing import select
 from lightning_unfreeze.layers.param_groups import rate_ratios
 from lightning_unfreeze.stages.plan import Stage
-
-_TIMED_STEPS = 3
 
 
 def _convolution_backward_flops(
@@ -187,19 +186,13 @@ class _PlanProbe(Probe):
         finally:
             for hook in hooks:
                 hook.remove()
-        seconds = []
-        for _ in range(_TIMED_STEPS):
-            start = time.perf_counter()
-            self._step(trainer, pl_module, batch)
-            seconds.append(time.perf_counter() - start)
-        return counter.get_total_flops(), frozen, min(seconds)
+        step_seconds = seconds(lambda: self._step(trainer, pl_module, batch), trainer.strategy.root_device)
+        return counter.get_total_flops(), frozen, step_seconds
 
     def _step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
-        loss = training_loss(trainer, pl_module, batch, 0)
+        loss = training_loss(trainer, pl_module, batch)
         if loss is not None:
             loss.backward()  # type: ignore[no-untyped-call]
-        if trainer.strategy.root_device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 def _rate(stage: Stage, given: float, ratio: float) -> str:

@@ -10,11 +10,11 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 from lightning_unfreeze.inside_lightning.distributed import gather_objects
+from lightning_unfreeze.seeding import kept_rng
 from lightning_unfreeze.tta.random_views import DrawingLoader
 from lightning_unfreeze.tta.result import SHEET_IMAGES, decisions, flipped_rows, thumbnail
 from lightning_unfreeze.tta.views import Activation
@@ -96,7 +96,7 @@ def sampled_batches(loader: Any) -> list[list[int]] | None:
     batch_sampler: Any = getattr(loader.batch_sampler, "_batch_sampler", loader.batch_sampler)
     if batch_sampler is None or isinstance(getattr(batch_sampler, "sampler", None), RandomSampler):
         return None
-    with isolate_rng(include_cuda=False):
+    with kept_rng():
         first, second = (list(map(list, batch_sampler)) for _ in range(2))
     return first if first == second else None
 

@@ -328,6 +328,23 @@ def test_precompute__cached_batch_size_is_that_of_stored_stages(tmp_path):
     assert [shape[0] for _, shape in seen.batches] == [20, 4, 8, 8, 8]
 
 
+def test_precompute__cached_batch_size_is_refused_beside_a_scheduler_that_counts_steps(tmp_path):
+    class ByStep(UserModule):
+        interval = "step"
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, int(self.trainer.estimated_stepping_batches))
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.interval}}
+
+    with pytest.raises(MisconfigurationException, match=r"cached_batch_size=4 .* StepLR that counts steps"):
+        fit(tmp_path, ByStep(), options={"cached_batch_size": 4})
+    module = ByStep()
+    module.interval = "epoch"
+    _, trainer = fit(tmp_path, module, stages=head_stage(True), options={"cached_batch_size": 4})
+    assert trainer.global_step > 0
+
+
 def test_precompute__evaluation_outside_of_fit_reads_images(tmp_path):
     class Shapes(UserModule):
         def test_step(self, batch: Any, batch_idx: int) -> torch.Tensor:

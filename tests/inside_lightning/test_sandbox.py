@@ -16,10 +16,22 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
-from lightning_unfreeze.inside_lightning.sandbox import batch_on_device, sandbox, training_loss
+from lightning_unfreeze.inside_lightning.sandbox import sandbox
+from lightning_unfreeze.inside_lightning.steps import batch_on_device, training_loss
 from lightning_unfreeze.seeding import rng_state
 from lightning_unfreeze.stages.plan import Stage
 from tests.conftest import SmallNet, UserModule, loader, quiet_trainer, random_images, same_weights, weights_of
+
+
+class Meter:
+    """A plain object that counts, and knows its owner."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner, self.total, self.best = [owner], 0.0, {"loss": torch.tensor(9.0)}
+
+    def update(self, loss: torch.Tensor) -> None:
+        self.total += loss.item()
+        self.best["loss"] = torch.minimum(self.best["loss"], loss.detach())
 
 
 class Rich(UserModule):
@@ -37,6 +49,11 @@ class Rich(UserModule):
         self.seen_ids: set[int] = set()
         self.plain_tensor = torch.zeros(2)
         self.num_calls = 0
+        self.meters = {"train": Meter(self)}
+        self.taxonomy: dict[str, Any] = {"name": "animal", "children": [], "calls": 0}
+        self.taxonomy["children"].append({"name": "cat", "parent": self.taxonomy, "calls": 0})
+        self.averaged = [copy.deepcopy(self.net)]  # in a list: not a sub-module
+        self.rng = np.random.default_rng(0)
         self.register_buffer("center", torch.zeros(3))
         self.register_buffer("hidden", torch.zeros(3), persistent=False)
         self.register_buffer("late", None)
@@ -58,6 +75,9 @@ class Rich(UserModule):
         self.seen_ids.add(batch_idx + 10 * self.num_calls)
         self.plain_tensor += 1
         self.num_calls += 1
+        self.meters["train"].update(loss)
+        self.taxonomy["children"][0]["parent"]["calls"] += 1
+        self.averaged[0].head[2].weight.data += self.rng.random()
         self.center = 0.9 * self.center + logits.detach().mean(0)  # a new tensor
         self.hidden.mul_(0.5).add_(1)
         self.late = torch.ones(2) if self.late is None else self.late + 1
@@ -89,9 +109,19 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, int | float | str | set | None.__class__) else id(value)
 
 
+def of_objects(module: Any) -> list[Any]:
+    meter, head = module.meters["train"], module.averaged[0].head[2]
+    counts = [meter.total, meter.best["loss"].item(), module.taxonomy["calls"], head.weight.tolist()]
+    return [*counts, module.rng.bit_generator.state]
+
+
 def everything(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
-    skipped = {"_trainer", "_parameters", "_modules", "_compiler_ctx"}
-    kept: dict[str, Any] = {"rng": plain(rng_state()), "metrics": plain(dict(trainer.callback_metrics))}
+    skipped = {"_trainer", "_parameters", "_modules", "_compiler_ctx", "meters", "taxonomy", "averaged"}
+    kept: dict[str, Any] = {
+        "rng": plain(rng_state()),
+        "objects": of_objects(module),
+        "metrics": plain(dict(trainer.callback_metrics)),
+    }
     kept |= {f"grad {n}": (id(p), id(p.grad), plain(p.grad), plain(p)) for n, p in module.named_parameters()}
     for name, part in module.named_modules():
         kept |= {f"{name}.{k}": plain(v) for k, v in vars(part).items() if k not in skipped}
@@ -150,7 +180,8 @@ def fit(*callbacks: Callback) -> tuple[dict[str, torch.Tensor], dict[str, Any], 
     trainer = quiet_trainer([GradualUnfreeze(plan), *callbacks])
     trainer.fit(module, loader(shuffle=True), loader())
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    return weights_of(module), {"metrics": metrics, "calls": module.num_calls, "ids": module.seen_ids}, trainer
+    seen = {"metrics": metrics, "calls": module.num_calls, "ids": module.seen_ids, "objects": of_objects(module)}
+    return weights_of(module), seen, trainer
 
 
 @pytest.mark.parametrize(("fails", "at"), [(False, ("epoch", "batch")), (True, ("epoch",)), (False, ("gradients",))])
@@ -214,59 +245,3 @@ def test_sandbox__silences_log_and_callbacks_and_gives_them_back() -> None:
     _, kept, trainer = fit(Looks())
     assert "inside" not in trainer.logged_metrics
     assert {"train_loss", "val_loss"} <= set(kept["metrics"])
-
-
-def test_sandbox__a_batch_goes_through_the_transfer_hooks() -> None:
-    class Hooks(UserModule):
-        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-            return [batch[0] + 1, batch[1]]
-
-        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-            return [batch[0] * 2, batch[1]]
-
-    class Looks(Callback):
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            by_lightning, by_us = batch, batch_on_device(trainer, pl_module, next(iter(loader())))
-            if batch_idx == 0:
-                self.equal = torch.equal(by_lightning[0], by_us[0]) and by_us[0].dtype == torch.float64
-                raw = next(iter(loader()))[0].double()
-                self.expected = torch.equal(by_us[0], (raw + 1) * 2)
-
-    looks = Looks()
-    quiet_trainer([looks], precision="64-true", max_epochs=1).fit(Hooks(SmallNet()), loader(), loader())
-    assert looks.equal
-    assert looks.expected
-
-
-@pytest.mark.parametrize("kind", ["no batch_idx", "dict", "None", "float"])
-def test_training_loss__takes_every_form_of_a_training_step(kind: str) -> None:
-    class Module(UserModule):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:  # type: ignore[override]
-            loss = super().training_step(batch, batch_idx)
-            return {"no batch_idx": loss, "dict": {"loss": loss, "extra": 1}, "None": None, "float": 0.5}[kind]
-
-    class NoIndex(UserModule):
-        def training_step(self, batch: Any) -> torch.Tensor:  # type: ignore[override]
-            return super().training_step(batch, 0)
-
-    class Looks(Callback):
-        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-            batch = next(iter(loader()))
-            with sandbox(trainer, pl_module):
-                self.loss = training_loss(trainer, pl_module, batch, 0)
-                torch.manual_seed(1)
-                self.loss = training_loss(trainer, pl_module, batch, 0)
-                torch.manual_seed(1)
-                self.expected = nn.functional.cross_entropy(pl_module.net(batch[0]), batch[1])
-            raise InterruptedError
-
-    looks = Looks()
-    module = NoIndex(SmallNet()) if kind == "no batch_idx" else Module(SmallNet())
-    # stops before Lightning's own loop sees a float, which it does not take
-    with pytest.raises(InterruptedError):
-        quiet_trainer([looks], max_epochs=1, limit_val_batches=1).fit(module, loader(), loader())
-    if kind == "None":
-        assert looks.loss is None
-    else:
-        assert looks.loss is not None
-        assert torch.equal(looks.loss, torch.tensor(0.5) if kind == "float" else looks.expected)

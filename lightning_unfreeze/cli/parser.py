@@ -1,0 +1,58 @@
+"""LightningCLI as this package uses it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+import lightning_unfreeze
+from lightning_unfreeze.cli.errors import cause
+
+for _name in lightning_unfreeze.__all__:  # the parser knows a short class name once its class is loaded
+    getattr(lightning_unfreeze, _name)
+
+
+class OneLineParser(LightningArgumentParser):
+    """A parser whose errors are one line, without the usage of some 300 options."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ends the program with the line that says what is wrong."""
+        sys.stderr.write(f"error: {cause(message)} (options: lightning-unfreeze --help)\n")
+        sys.exit(2)
+
+
+class UnfreezeCLI(LightningCLI):
+    """LightningCLI for any LightningModule and LightningDataModule; the plan sets the number of epochs."""
+
+    def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
+        super().__init__(
+            pl.LightningModule,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            # -1 instead of Lightning's None: GradualUnfreeze sets the number, and None makes Lightning warn of 1000
+            trainer_defaults={"max_epochs": -1},
+            parser_class=OneLineParser,
+            # the module's own `configure_optimizers` decides; a scheduler beside the stages would fight them
+            auto_configure_optimizers=False,
+            args=None if args is None else list(args),
+            run=run,
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """The Trainer of the config.
+
+        Raises:
+            MisconfigurationException: For options that go together badly, e.g. a callback that is listed twice.
+        """
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (RuntimeError, TypeError) as error:  # no user's code has run yet, so it is the config's fault
+            raise MisconfigurationException(str(error)) from error

@@ -1,0 +1,82 @@
+"""The Trainer's loaders, read from the side."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_unfreeze.layers.kept import kept
+
+_READ_ONLY_BYTES = 2**20  # what is larger than a list of indices is data, which reading does not change
+
+
+@contextmanager
+def fresh_batches(trainer: pl.Trainer) -> Iterator[Iterator[tuple[Any, int]]]:
+    """Batches of the stage's training data without end, with their place in a pass, from iterators of their own.
+
+    Batches that are None are left out, as Lightning skips them. The Trainer's loaders, their iterators and workers,
+    samplers and datasets with their random generators and counters are afterwards as before.
+
+    Raises:
+        MisconfigurationException: For a loader that is its own iterator and cannot be put back where it was, and for
+            data without a batch.
+    """
+    # the mode has no public name; guarded by `test_fresh_batches__combine_as_in_training` (Lightning 2.6)
+    fresh = CombinedLoader(trainer.train_dataloader, trainer.fit_loop._combined_loader._mode)  # type: ignore[union-attr]
+    limit = None if trainer.num_training_batches == float("inf") else int(trainer.num_training_batches)
+    with kept(fresh.flattened, skip=(pl.Trainer, pl.LightningModule), max_bytes=_READ_ONLY_BYTES) as iterators:
+        for loader in fresh.flattened:
+            _refuse_if_used_up(loader, iterators)
+        fresh.flattened = [_twin(loader) for loader in fresh.flattened]
+        batches = _endless(fresh, limit)
+        try:
+            yield batches
+        finally:
+            batches.close()  # type: ignore[attr-defined]
+            fresh.reset()  # ends worker processes
+
+
+def _refuse_if_used_up(loader: Any, iterators: list[Any]) -> None:
+    """For a source that is its own iterator, and goes on where it is instead of starting again."""
+    source = loader
+    if isinstance(loader, DataLoader):
+        if not isinstance(loader.dataset, IterableDataset) or loader.num_workers > 0:
+            return
+        source = loader.dataset
+    if not isinstance(source, Iterator):
+        return
+    iter(source)  # many make a new inner iterator here, and then the old one is left as it is
+    if any(used is held for used in iterators for held in [source, *getattr(source, "__dict__", {}).values()]):
+        raise MisconfigurationException(
+            f"the range test would use up training batches: {type(source).__name__} is its own iterator and "
+            "cannot be put back where it is; pass data whose `__iter__` starts a new pass (a DataLoader, say), or give "
+            "the stage a number as lr"
+        )
+
+
+def _twin(loader: Any) -> Any:
+    if not isinstance(loader, DataLoader):
+        return loader
+    twin = copy.copy(loader)
+    # else an iterator of the copy would reset the live one, where its workers are persistent
+    vars(twin)["_iterator"] = None
+    return twin
+
+
+def _endless(loader: CombinedLoader, limit: int | None) -> Iterator[tuple[Any, int]]:
+    while True:
+        empty = True
+        for batch, batch_idx, _ in islice(iter(loader), limit):
+            if batch is not None:
+                empty = False
+                yield batch, batch_idx
+        if empty:
+            raise MisconfigurationException("the training data gives no batch, so there is nothing to test on")

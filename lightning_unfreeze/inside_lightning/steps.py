@@ -1,0 +1,98 @@
+"""A step as the Trainer makes it, outside of its loop: a batch on its device, the loss, an optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+
+StepName = Literal["training_step", "validation_step"]
+
+
+def batch_on_device(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Any:
+    """`batch` as the training step gets it: converted to the precision, through the transfer hooks, on the device."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    # Lightning's loop makes these two calls in this order; the first has no public name (guarded by
+    # `test_batch_on_device__goes_through_the_transfer_hooks`, Lightning 2.6)
+    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def step_output(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    batch: Any,
+    batch_idx: int = 0,
+    name: StepName = "training_step",
+    *,
+    together: bool = True,
+) -> Any:
+    """What the module's own step returns for a batch that lies on the device, in the Trainer's precision.
+
+    Args:
+        trainer: In `fit`.
+        pl_module: Its module.
+        batch: On the device.
+        batch_idx: Passed on to a step that takes it.
+        name: Which step.
+        together: Through the strategy's wrapper (DDP), a collective call; False leaves it out.
+    """
+    step = getattr(pl_module, name)
+    arguments = (batch, batch_idx) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else (batch,)
+    if together:
+        return getattr(trainer.strategy, name)(*arguments)
+    plugin = trainer.precision_plugin
+    with plugin.train_step_context() if name == "training_step" else plugin.val_step_context():
+        return step(*arguments)
+
+
+def training_loss(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int = 0, *, together: bool = True
+) -> Tensor | None:
+    """Loss of the module's own `training_step`, see `step_output`; None where the step skips the batch."""
+    output = step_output(trainer, pl_module, batch, batch_idx, together=together)
+    loss = output["loss"] if isinstance(output, Mapping) else output
+    return loss if loss is None or isinstance(loss, Tensor) else torch.as_tensor(loss)
+
+
+def optimizer_step(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    batches: Iterator[tuple[Any, int]],
+    around: Callable[[Any], AbstractContextManager[Any]] = lambda _: nullcontext(),
+) -> Tensor | None:
+    """One optimizer step as the Trainer makes it: precision, clipping, accumulation. A collective call.
+
+    Args:
+        trainer: In `fit`, with one optimizer.
+        pl_module: Its module.
+        batches: Batches as a loader gives them, each with its index; one is drawn for each micro-batch.
+        around: What a step on a batch needs around it.
+
+    Returns:
+        The mean loss of the micro-batches, None where all were skipped.
+    """
+    strategy, optimizer, num_micro = trainer.strategy, trainer.optimizers[0], trainer.accumulate_grad_batches
+    losses: list[Tensor] = []
+
+    def forward_backward() -> Tensor | None:
+        batch, batch_idx = next(batches)
+        with around(batch):
+            loss = training_loss(trainer, pl_module, batch_on_device(trainer, pl_module, batch), batch_idx)
+            if loss is not None:
+                losses.append(loss.detach().float())
+                strategy.backward(loss / num_micro, optimizer)
+        return loss
+
+    optimizer.zero_grad()
+    for _ in range(num_micro - 1):
+        # as Lightning's own loop: ranks are reduced at the last micro-batch only
+        with strategy.block_backward_sync() if hasattr(strategy, "block_backward_sync") else nullcontext():
+            forward_backward()
+    strategy.optimizer_step(optimizer, forward_backward, pl_module)
+    return torch.stack(losses).mean() if losses else None

@@ -1,0 +1,192 @@
+"""Batches drawn on the side leave the training data as it was: the run with them equals the run without."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from lightning_unfreeze.inside_lightning.loaders import fresh_batches
+from tests.conftest import loader, quiet_trainer, random_images
+
+
+class Sees(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen: list[Any] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.seen.append(batch)
+        return self.weight.sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Draws(Callback):
+    """Draws batches on the side at the start of each epoch."""
+
+    def __init__(self, num: int) -> None:
+        self.num, self.drawn = num, []  # type: ignore[var-annotated]
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.num:
+            with fresh_batches(trainer) as batches:
+                self.drawn.append(list(islice(batches, self.num)))
+
+
+def seen_by(data: Any, num_drawn: int, epochs: int = 2) -> tuple[list[Any], list[Any]]:
+    torch.manual_seed(0)
+    module, draws = Sees(), Draws(num_drawn)
+    quiet_trainer([draws], max_epochs=epochs).fit(module, data)
+    return [batch.tolist() if isinstance(batch, torch.Tensor) else batch for batch in module.seen], draws.drawn
+
+
+class RestartingStream:
+    """A loader that is its own iterator, and starts again when asked for one (as DALI's with `auto_reset`)."""
+
+    def __init__(self) -> None:
+        self.position, self.rng = 0, np.random.default_rng(0)
+
+    def __iter__(self) -> Any:
+        self.position = 0
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        if self.position == 4:
+            raise StopIteration
+        self.position += 1
+        return torch.tensor([self.position + float(self.rng.random())])
+
+
+class EndlessStream(RestartingStream):
+    """One that goes on where it is, and is cut by its length."""
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        self.position += 1
+        return torch.tensor([float(self.position)])
+
+    def __len__(self) -> int:
+        return 4
+
+
+class Prefetcher:
+    """Its own iterator over a loader, which it starts anew."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __iter__(self) -> Any:
+        self.live = iter(self.inner)
+        return self
+
+    def __next__(self) -> Any:
+        return next(self.live)
+
+
+class OwnIteratorDataset(IterableDataset[Any]):
+    def __init__(self) -> None:
+        self.position = 0
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> float:
+        self.position += 1
+        if self.position % 9 == 0:
+            raise StopIteration
+        return float(self.position)
+
+
+class DrawingDataset(Dataset[Any]):
+    """Random numbers of its own, and a counter."""
+
+    def __init__(self) -> None:
+        self.rng, self.calls, self.order = np.random.default_rng(3), 0, np.arange(8)
+
+    def __getitem__(self, index: int) -> float:
+        self.calls += 1
+        self.rng.shuffle(self.order)
+        return self.calls + float(self.rng.random()) + float(self.order[index])
+
+    def __len__(self) -> int:
+        return 8
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        RestartingStream,
+        EndlessStream,
+        lambda: Prefetcher(DataLoader(torch.arange(8.0), batch_size=2)),  # type: ignore[arg-type]
+        lambda: DataLoader(OwnIteratorDataset(), batch_size=2),
+        lambda: DataLoader(DrawingDataset(), batch_size=2),
+        lambda: DataLoader(DrawingDataset(), batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(1)),
+        lambda: DataLoader(torch.arange(8.0), batch_size=2, num_workers=1, persistent_workers=True),  # type: ignore[arg-type]
+    ],
+    ids=["restarting", "endless", "prefetcher", "dataset", "draws", "generator", "workers"],
+)
+@pytest.mark.filterwarnings("ignore:.*num_workers", "ignore:.*IterableDataset")
+def test_fresh_batches__leave_the_training_data_where_it_was(make: Any) -> None:
+    without, _ = seen_by(make(), 0)
+    with_them, drawn = seen_by(make(), 6)
+    assert with_them == without and len(without) == 8
+    assert [len(batches) for batches in drawn] == [6, 6]
+    assert all(0 <= index < 5 for batches in drawn for _, index in batches)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: (torch.tensor([float(value)]) for value in range(8)),
+        lambda: map(torch.tensor, [[1.0], [2.0]]),
+        lambda: Used(torch.tensor([float(value)]) for value in range(8)),
+    ],
+    ids=["generator", "map", "holds_a_generator"],
+)
+def test_fresh_batches__refuse_what_they_would_use_up(make: Any) -> None:
+    with pytest.raises(MisconfigurationException, match=r"would use up training batches: \w+ is its own iterator"):
+        seen_by(make(), 3)
+
+
+class Used:
+    def __init__(self, values: Any) -> None:
+        self.values = values
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self.values)
+
+
+def none_for_3(samples: list[Any]) -> Any:
+    return None if 3 in samples else default_collate(samples)
+
+
+@pytest.mark.filterwarnings("ignore:.*train_dataloader yielded None")
+def test_fresh_batches__leave_out_what_lightning_skips() -> None:
+    data: Any = DataLoader(torch.arange(6), batch_size=2, collate_fn=none_for_3)  # type: ignore[arg-type]
+    _, (drawn, _) = seen_by(data, 4)
+    assert [(batch.tolist(), index) for batch, index in drawn] == [([0, 1], 0), ([4, 5], 2)] * 2
+    with pytest.raises(MisconfigurationException, match="gives no batch"):
+        seen_by(DataLoader(torch.full((4,), 3), batch_size=2, collate_fn=lambda _: None), 1)  # type: ignore[arg-type]
+
+
+def test_fresh_batches__combine_as_in_training() -> None:
+    loaders = {"left": loader(random_images(24)), "right": loader(random_images(16, seed=1))}
+    seen, (drawn, _) = seen_by(CombinedLoader(loaders, "max_size_cycle"), 6)
+    labels = [{side: part[1].tolist() for side, part in batch.items()} for batch in seen]
+    assert [{side: part[1].tolist() for side, part in batch.items()} for batch, _ in drawn] == labels[:3] * 2
