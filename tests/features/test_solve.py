@@ -1,0 +1,155 @@
+"""The solved head against scikit-learn, which minimises the same objective."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_unfreeze.features.solve import logistic_regression, solve_head
+
+
+def blobs(num: int = 90, size: int = 6, classes: int = 3, seed: int = 0, spread: float = 1.5) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.arange(num) % classes
+    means = torch.randn(classes, size, generator=torch.Generator().manual_seed(99))
+    features = means[targets] + spread * torch.randn(num, size, generator=generator) + 5  # far from the origin
+    return features.double() * 3, targets
+
+
+def sklearn_head(features: Tensor, targets: Tensor, ridge: float, weights: Any = None) -> tuple[Tensor, Tensor]:
+    rows = len(features) if weights is None else float(torch.tensor(weights)[targets].sum())
+    model = LogisticRegression(
+        C=1 / (ridge * rows),
+        tol=1e-10,
+        max_iter=20_000,
+        class_weight=None if weights is None else dict(enumerate(weights)),
+    )
+    model.fit(features.numpy(), targets.numpy())
+    return torch.tensor(model.coef_), torch.tensor(model.intercept_)
+
+
+@pytest.mark.parametrize("ridge", [1.0, 1e-2, 1e-3])
+@pytest.mark.parametrize("weights", [None, [1.0, 3.0, 0.5]])
+def test_logistic_regression__is_scikit_learns(ridge: float, weights: Any) -> None:
+    features, targets = blobs()
+    class_weights = None if weights is None else torch.tensor(weights)
+    weight, bias = logistic_regression(features, targets, ridge, num_classes=3, class_weights=class_weights)
+    expected, intercept = sklearn_head(features, targets, ridge, weights)
+    assert (weight - expected).abs().max() < 1e-4
+    # a constant added to all of them changes nothing
+    assert ((bias - bias.mean()) - (intercept - intercept.mean())).abs().max() < 1e-4
+
+
+def test_logistic_regression__starts_anywhere_and_ends_at_the_same() -> None:
+    features, targets = blobs()
+    cold = logistic_regression(features, targets, 1e-2, num_classes=3)
+    other = torch.randn(3, 6, generator=torch.Generator().manual_seed(1)), torch.tensor([5.0, -3.0, 1.0])
+    warm = logistic_regression(features, targets, 1e-2, num_classes=3, start=other)
+    assert (cold[0] - warm[0]).abs().max() < 1e-5
+    again = logistic_regression(features, targets, 1e-2, num_classes=3)
+    assert torch.equal(cold[0], again[0]) and torch.equal(cold[1], again[1])
+
+
+def test_logistic_regression__labels_are_one_problem_each() -> None:
+    features, _ = blobs(num=120)
+    generator = torch.Generator().manual_seed(3)
+    truth = torch.randn(2, 6, generator=generator).double()
+    labels = ((features - 15) @ truth.T + 6 * torch.randn(120, 2, generator=generator) > 0).long()
+    weight, bias = logistic_regression(features, labels, 1e-2, num_classes=2, kind="sigmoid")
+    for label in range(2):
+        expected, intercept = sklearn_head(features, labels[:, label], 1e-2)
+        assert (weight[label] - expected[0]).abs().max() < 1e-4
+        assert (bias[label] - intercept[0]).abs() < 1e-3
+    single, _ = logistic_regression(features, labels[:, 0], 1e-2, num_classes=1, kind="sigmoid")
+    assert (single[0] - weight[0]).abs().max() < 1e-6
+
+
+def test_logistic_regression__shares_of_classes_are_rows_of_each() -> None:
+    features, targets = blobs(num=60)
+    whole = logistic_regression(features, F.one_hot(targets).double(), 1e-2, num_classes=3)
+    assert (whole[0] - logistic_regression(features, targets, 1e-2, num_classes=3)[0]).abs().max() < 1e-6
+    other = (targets + 1) % 3
+    mixed = 0.75 * F.one_hot(targets) + 0.25 * F.one_hot(other)
+    four_rows = torch.cat([features] * 4), torch.cat([targets, targets, targets, other])
+    expected = logistic_regression(*four_rows, 1e-2, num_classes=3)
+    assert (logistic_regression(features, mixed, 1e-2, num_classes=3)[0] - expected[0]).abs().max() < 1e-6
+
+
+def test_solve_head__takes_the_ridge_of_the_lowest_validation_loss() -> None:
+    train, val = blobs(num=45), blobs(num=300, seed=1)
+    ridges = [1.0, 0.1, 0.01, 1e-3]
+    scale = float(train[0].var(0, correction=0).mean())
+    losses = []
+    for ridge in ridges:
+        weight, bias = sklearn_head(*train, ridge * scale)
+        losses.append(float(F.cross_entropy(val[0] @ weight.T + bias, val[1])))
+    best = int(np.argmin(losses))
+    assert 0 < best < 3  # a ridge in between, or the test says little
+    solved = solve_head(train, val, num_classes=3, ridges=ridges[::-1])
+    weight, bias = sklearn_head(*train, ridges[best] * scale)
+    logits = val[0] @ weight.T + bias
+    assert solved.ridge == ridges[best]
+    assert solved.val_loss == pytest.approx(losses[best], abs=1e-4)
+    assert solved.val_acc == pytest.approx(float((logits.argmax(1) == val[1]).double().mean()), abs=1e-6)
+    assert (solved.weight - weight).abs().max() < 2e-3
+    assert solved.train_loss == pytest.approx(float(F.cross_entropy(train[0] @ weight.T + bias, train[1])), abs=1e-3)
+
+
+def test_solve_head__means_the_same_in_other_units() -> None:
+    train, val = blobs(num=45), blobs(num=90, seed=1)
+    one = solve_head(train, val, num_classes=3)
+    other = solve_head((1000 * train[0], train[1]), (1000 * val[0], val[1]), num_classes=3)
+    assert one.ridge == other.ridge
+    assert one.val_loss == pytest.approx(other.val_loss, rel=1e-4)
+    assert (one.weight - 1000 * other.weight).abs().max() < 1e-3
+
+
+def test_solve_head__without_validation_holds_out_a_fifth_and_then_takes_all() -> None:
+    features, targets = blobs(num=75)
+    place = torch.arange(75) // 3  # the classes take turns
+    held_out = place % 5 == 4
+    judged = solve_head(
+        (features[~held_out], targets[~held_out]), (features[held_out], targets[held_out]), num_classes=3
+    )
+    solved = solve_head((features, targets), None, num_classes=3)
+    assert solved.ridge == judged.ridge
+    scale = float(features.var(0, correction=0).mean())
+    expected = sklearn_head(features, targets, solved.ridge * scale)[0]
+    assert (solved.weight - expected).abs().max() < 2e-3
+
+
+def test_solve_head__can_stop_at_a_training_loss() -> None:
+    train, val = blobs(num=45), blobs(num=90, seed=1)
+    losses = {}
+    for ridge in (10.0, 1.0, 0.1, 0.01):
+        losses[ridge] = solve_head(train, val, num_classes=3, ridges=[ridge]).train_loss
+    assert sorted(losses.values(), reverse=True) == list(losses.values())
+    wanted = (losses[1.0] + losses[0.1]) / 2
+    stopped = solve_head(train, val, num_classes=3, ridges=list(losses), stop_at_loss=wanted)
+    assert stopped.ridge == 0.1 and stopped.train_loss <= wanted
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": torch.zeros(4, 2, 2)}, r"shape \(N, D\)"),
+        ({"features": torch.full((4, 2), torch.nan)}, "finite"),
+        ({"targets": torch.tensor([0, 1, 2, 3])}, "from 0 to 2"),
+        ({"targets": torch.zeros(3, dtype=torch.int64)}, "do not fit"),
+        ({"targets": torch.zeros(4, 2)}, "do not fit"),
+        ({"kind": "hinge"}, "kind='hinge'"),
+        ({"ridges": [-1.0]}, "ridge=-1.0"),
+        ({"ridges": []}, "ridges is empty"),
+    ],
+)
+def test_solve_head__refuses_the_impossible(change: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"features": torch.zeros(4, 2), "targets": torch.zeros(4, dtype=torch.int64), **change}
+    train = given.pop("features"), given.pop("targets")
+    with pytest.raises(ValueError, match=message):
+        solve_head(train, None, num_classes=3, **given)
