@@ -203,7 +203,7 @@ def _solve(
             loss.backward()  # type: ignore[no-untyped-call]
             return loss
 
-        optimizer.step(closure)  # type: ignore[arg-type]
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
     return weight.detach(), bias.detach()
 
 
@@ -236,7 +236,7 @@ def _held_out(targets: Tensor) -> Tensor:
     """Every fifth row of each class; of all rows, where there are no classes."""
     classes = targets if targets.ndim == 1 and not targets.is_floating_point() else targets.new_zeros(len(targets))
     place = torch.zeros(len(targets), dtype=torch.int64, device=targets.device)
-    for value in classes.unique():
+    for value in torch.unique(classes):
         where = classes == value
         place[where] = torch.arange(int(where.sum()), device=targets.device)
     return place % _HELD_OUT == _HELD_OUT - 1
