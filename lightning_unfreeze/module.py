@@ -2,45 +2,50 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning.pytorch as pl
-import timm
 import torch
-import torchvision
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import OptimizerCallable
-from timm.data import resolve_model_data_config
-from timm.models import (
-    is_model,
-    is_model_pretrained,
-    list_models,
-    list_pretrained,
-    load_state_dict,
-    split_model_name_tag,
-)
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from torchvision.transforms import v2
 
-import lightning_unfreeze.digits_resnet  # noqa: F401  (registers the demo's backbone with timm)
+from lightning_unfreeze.classifier.backbones import build_network
+from lightning_unfreeze.classifier.knowledge import (
+    check_known,
+    input_differences,
+    plain_config,
+    shown,
+    versions,
+)
+from lightning_unfreeze.classifier.tasks import MultiLabel, SingleLabel, Task, TaskName, batch_of
+from lightning_unfreeze.data.modules import ImageDataset, make_transform
 from lightning_unfreeze.layers.families import HEAD
 from lightning_unfreeze.layers.groups import layer_groups
-from lightning_unfreeze.seeding import kept_rng
 
-TORCHVISION = "torchvision/"
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 class TransferClassifier(pl.LightningModule):
-    """An image classifier: a backbone with a new head, cross entropy, top-1 and top-k accuracy and macro F1.
+    """An image classifier: a backbone with a new head, for one class per image or for several labels.
 
-    Logs `train_loss`, and for `val` and `test`: `val_loss` (without label smoothing), `val_acc`, `val_f1`, and
-    `val_acc_top5` where there are more than `top_k` = 5 classes. Batches are `(images, labels)`, images `(N, C, H, W)`,
-    labels `(N,)`. The network is the attribute `model`.
+    One class per image (`num_classes`): softmax and cross entropy; logs `val_acc`, `val_f1` (macro), and `val_acc_top5`
+    where there are more than `top_k` = 5 classes. Several labels (`num_labels`): a sigmoid and binary cross entropy per
+    label; logs `val_map` (mean average precision over the labels), `val_f1` (macro) and `val_acc` (share of right
+    decisions). Both log `train_loss` and `val_loss` (without label smoothing and weights), and the same for `test`.
+    Batches are `(images, targets)`, images `(N, C, H, W)`, targets `(N,)` or, for several labels, 0 and 1 `(N, C)`.
+    The network is the attribute `model`.
+
+    A checkpoint keeps the names of the classes and how images were prepared. Data whose classes stand in another order
+    are put into this one for `validate` and `test`, classes that the model does not know are refused, another input is
+    warned of. Without options of its own our data module prepares images as in training.
 
     Args:
         backbone: A model name of timm (`resnet18`, `resnet18.a1_in1k`), or `torchvision/NAME`.
@@ -53,6 +58,14 @@ class TransferClassifier(pl.LightningModule):
         model_kwargs: Further arguments of the model, such as `pad_type`, `bn_eps` or `drop_path_rate`.
         data_config: Entries that replace those of the backbone's own data config, for weights trained on other input:
             `input_size`, `mean`, `std`, `interpolation`, `crop_pct`.
+        num_labels: In place of `num_classes`: labels, of which an image may have any number.
+        task: `"multiclass"` or `"multilabel"`; None for what `num_classes` or `num_labels` say.
+        threshold: Probability from which on a label counts as predicted; for several labels.
+        class_weights: Of the training loss, one per class (on what has the label, for several), or `"balanced"`: in
+            inverse proportion to how often each comes in the training data.
+        mixup_alpha: MixUp of training batches (Zhang et al. 2018), its Beta distribution's parameter; 0 for none.
+        cutmix_alpha: CutMix (Yun et al. 2019), likewise; where both are given each batch gets one of them. Stages on
+            stored features go without either, as their batches hold no images.
 
     Attributes:
         class_names: Names in the order of the outputs, from the data module or the checkpoint.
@@ -68,194 +81,289 @@ class TransferClassifier(pl.LightningModule):
     def __init__(
         self,
         backbone: str,
-        num_classes: int,
+        num_classes: int | None = None,
         pretrained: bool | str = True,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         label_smoothing: float = 0.0,
         top_k: int = 5,
         model_kwargs: dict[str, Any] | None = None,
         data_config: dict[str, Any] | None = None,
+        num_labels: int | None = None,
+        task: TaskName | None = None,
+        threshold: float = 0.5,
+        class_weights: list[float] | Literal["balanced"] | None = None,
+        mixup_alpha: float = 0.0,
+        cutmix_alpha: float = 0.0,
     ) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"num_classes={num_classes}: give 2 or more.")
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing={label_smoothing}: give a number in [0, 1).")
         if top_k < 2:
             raise ValueError(f"top_k={top_k}: give 2 or more; top-1 accuracy is always logged.")
-        if isinstance(pretrained, str) and not Path(pretrained).is_file():
-            raise ValueError(f"pretrained={pretrained!r}: no such file; give a safetensors or pth file, true or false.")
+        if not 0.0 < threshold < 1.0:
+            raise ValueError(f"threshold={threshold}: give a probability between 0 and 1, both excluded.")
+        for name, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
+            if alpha < 0:
+                raise ValueError(f"{name}={alpha}: give 0 for none, or a positive number (0.2 is mild, 1 strong).")
+        size = _num_outputs(num_classes, num_labels, task)
+        multilabel = num_labels is not None or task == "multilabel"
+        self.task: Task = (
+            MultiLabel(size, label_smoothing, threshold) if multilabel else SingleLabel(size, label_smoothing, top_k)
+        )
+        if class_weights is not None and class_weights != "balanced" and len(class_weights) != size:
+            raise ValueError(f"class_weights has {len(class_weights)} numbers: give {size}, one per class.")
         self.save_hyperparameters(ignore=["optimizer"])
         self.optimizer = optimizer
-        self.label_smoothing = label_smoothing
         self.class_names: list[str] | None = None
-        build = _build_torchvision if backbone.startswith(TORCHVISION) else _build_timm
-        try:
-            self.model, own_config = build(backbone, num_classes, pretrained, model_kwargs or {})
-        except RuntimeError as error:  # shapes that clash, on many lines
-            if not isinstance(pretrained, str):
-                raise
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"pretrained={pretrained!r} does not fit backbone={backbone!r}: {reason}") from error
-        if pretrained:
-            _shrink_head(self.model, num_classes)
+        self.model, own_config = build_network(backbone, size, pretrained, model_kwargs or {})
         self._data_config = {**own_config, **(data_config or {})}
-        metrics: dict[str, Any] = {
-            "acc": MulticlassAccuracy(num_classes, average="micro"),
-            "f1": MulticlassF1Score(num_classes, average="macro"),
-        }
-        if num_classes > top_k:
-            metrics[f"acc_top{top_k}"] = MulticlassAccuracy(num_classes, average="micro", top_k=top_k)
-        self.val_metrics = MetricCollection(metrics, prefix="val_")
+        head = {id(parameter) for parameter in layer_groups(self.model)[HEAD].parameters()}
+        self._drawn = {key: _size_of(value) for key, value in self.model.named_parameters() if id(value) in head}
+        self._knows_its_input = False
+        self._mixers: list[nn.Module] = [
+            mixer(alpha=alpha, num_classes=size)
+            for mixer, alpha in ((v2.MixUp, mixup_alpha), (v2.CutMix, cutmix_alpha))
+            if alpha
+        ]
+        given = torch.tensor(class_weights) if isinstance(class_weights, list) else None
+        self.register_buffer("loss_weights", given, persistent=False)
+        self.val_metrics = MetricCollection(self.task.metrics(), prefix="val_")
         self.test_metrics = self.val_metrics.clone(prefix="test_")
 
     @property
     def data_config(self) -> dict[str, Any]:
-        """What the backbone expects of its input, in timm's words: `input_size`, `mean`, `std`, `crop_pct`..."""
+        """How images are prepared, in timm's words: as in training, before any as the backbone expects."""
         return dict(self._data_config)
 
+    # --- what it knows, and the data -------------------------------------------------------------------------------
+
     def setup(self, stage: str) -> None:
-        """Compare the number of classes with the data's, and take over its class names."""
+        """Compare the classes with the data's, take over their names, and weigh them."""
         datamodule = getattr(self.trainer, "datamodule", None)
         if stage == "predict" or datamodule is None or not hasattr(datamodule, "num_classes"):
             return
-        in_data = datamodule.num_classes
-        if in_data != self.hparams["num_classes"]:
-            raise MisconfigurationException(
-                f"The model has num_classes={self.hparams['num_classes']}, the data has {in_data}: set the model's "
-                f"num_classes to {in_data}."
-            )
         names: Sequence[str] | None = getattr(datamodule, "class_names", None)
-        self.class_names = None if names is None else list(names)
+        if names is not None and self.class_names is not None:
+            self._meet(self.class_names, datamodule, is_loaded=False)
+        else:
+            if not self.trainer.ckpt_path:  # which may know the names of the classes
+                self._check_count(datamodule.num_classes)
+            self.class_names = None if names is None else list(names)
+        if stage == "fit" and self.hparams["class_weights"] == "balanced":
+            self.loss_weights = self._balanced_weights(datamodule)
+
+    def _check_count(self, in_data: int) -> None:
+        if in_data != self.task.size:
+            option = "num_labels" if isinstance(self.task, MultiLabel) else "num_classes"
+            raise MisconfigurationException(
+                f"The model has {option}={self.task.size}, the data has {in_data}: set the model's {option} to "
+                f"{in_data}."
+            )
+
+    def _meet(self, known: list[str], datamodule: Any, is_loaded: bool) -> None:
+        """Holds the data's classes against those that the weights were trained on."""
+        names = list(datamodule.class_names)
+        if names == known:
+            return
+        fits = self.trainer.state.fn == TrainerFn.FITTING
+        if fits and not is_loaded and len(names) == len(known):
+            rank_zero_warn(
+                f"The model was trained on the classes {shown(known)}; from here on its outputs mean those of the "
+                f"data: {shown(names)}."
+            )
+            self.class_names = names
+            return
+        check_known(names, known)
+        missing = [name for name in known if name not in names]
+        if fits and missing:
+            raise MisconfigurationException(
+                f"The data lacks classes that the model was trained on ({shown(missing)}): go on with all of them, or "
+                f"train a model with num_classes={len(names)}."
+            )
+        if not hasattr(datamodule, "order_classes"):
+            raise MisconfigurationException(
+                f"The data has the classes {shown(names)}, in this order, the model {shown(known)}: give "
+                f"{type(datamodule).__name__} labels in the model's order (and its class_names), or a method "
+                "order_classes(names) that does so."
+            )
+        datamodule.order_classes(known)
+        lacks = f"; it has none of {shown(missing)}" if missing else ""
+        rank_zero_info(
+            f"The classes of the data ({shown(names)}) are put in the model's order ({shown(known)}){lacks}."
+        )
+
+    def _balanced_weights(self, datamodule: Any) -> Tensor:
+        counts = getattr(datamodule, "class_counts", None)
+        if counts is None:
+            raise MisconfigurationException(
+                f"class_weights='balanced' needs {type(datamodule).__name__}.class_counts, the training images of each "
+                f"class in their order: give it that, or class_weights as {self.task.size} numbers."
+            )
+        num_images = getattr(datamodule, "num_train_images", None) or sum(counts)
+        return self.task.balanced_weights(list(counts), num_images).to(self.device)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the class names and the input; the weights are in the checkpoint, so nothing is loaded again."""
+        checkpoint["class_names"] = self.class_names
+        checkpoint["versions"] = versions()
+        datamodule: Any = getattr(self._trainer, "datamodule", None)
+        fits = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        if fits and hasattr(datamodule, "data_config"):
+            self._data_config |= plain_config(datamodule.data_config)
+            self._knows_its_input = True
+        hyper_parameters = checkpoint["hyper_parameters"]
+        changed: dict[str, Any] = {"pretrained": False}
+        if self._knows_its_input:
+            changed["data_config"] = {**(hyper_parameters["data_config"] or {}), **plain_config(self._data_config)}
+        checkpoint["hyper_parameters"] = {**hyper_parameters, **changed}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the class names and the input from the checkpoint, and hold them against the data."""
+        known = checkpoint.get("class_names")
+        if "versions" in checkpoint:  # 0.1.0 kept no input
+            self._data_config |= checkpoint["hyper_parameters"]["data_config"] or {}
+            self._knows_its_input = True
+        datamodule = getattr(self._trainer, "datamodule", None)
+        if self._trainer is not None and self._trainer.state.fn != TrainerFn.PREDICTING:
+            if known is not None and getattr(datamodule, "class_names", None) is not None:
+                self._meet(known, datamodule, is_loaded=True)
+            elif hasattr(datamodule, "num_classes"):
+                self._check_count(datamodule.num_classes)
+        self.class_names = known
+
+    def on_validation_start(self) -> None:
+        """Warn of a head that was never trained, and of another input than in training."""
+        self._check_use()
+
+    def on_test_start(self) -> None:
+        """Warn of a head that was never trained, and of another input than in training."""
+        self._check_use()
+
+    def on_predict_start(self) -> None:
+        """Warn of a head that was never trained, and of another input than in training."""
+        self._check_use()
+
+    def _check_use(self) -> None:
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            return
+        now = dict(self.model.named_parameters())
+        if all(key in now and _size_of(now[key]) == size for key, size in self._drawn.items()):
+            rank_zero_warn(
+                "The head of this model is as it was drawn, at random: its answers mean nothing. Give a checkpoint: "
+                f"--ckpt_path FILE, or trainer.{self.trainer.state.fn.value}(..., ckpt_path=FILE)."
+            )
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if not self._knows_its_input or not hasattr(datamodule, "data_config"):
+            return
+        different = input_differences(self._data_config, datamodule.data_config)
+        if different:
+            rank_zero_warn(
+                f"The images are prepared otherwise than in training: {'; '.join(different)}. Leave image_size_px and "
+                "data_config of the data module out to get the training's."
+            )
+
+    # --- steps -----------------------------------------------------------------------------------------------------
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits `(N, num_classes)` of images `(N, C, H, W)`."""
+        """Logits `(N, C)` of images `(N, channels, H, W)`."""
         return cast(Tensor, self.model(images))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross entropy of a batch, with label smoothing."""
-        images, labels = batch
-        loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(labels))
+        """The loss of a batch, with label smoothing, weights, MixUp and CutMix."""
+        images, targets = self._checked(batch, batch_idx)
+        if self._mixers:
+            images, targets = self._mix(images, targets)
+        loss = self.task.training_loss(self(images), targets, self.loss_weights)
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(targets))
         return loss
+
+    def _checked(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor]:
+        images, targets = batch_of(batch)
+        if batch_idx == 0 or not isinstance(targets, Tensor):
+            self.task.check_targets(targets, len(images))
+        return images, targets
+
+    def _mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        channels = self._data_config["input_size"][0]
+        if images.ndim != 4 or images.shape[1] != channels:
+            if not self._said_unmixed:
+                rank_zero_info("MixUp and CutMix are off in this stage: its batches hold stored features, no images.")
+            self._said_unmixed = True
+            return images, targets
+        self._said_unmixed = False
+        mixer = self._mixers[int(torch.randint(len(self._mixers), ()))]
+        float_targets = targets if targets.ndim == 1 else targets.float()
+        return cast("tuple[Tensor, Tensor]", mixer(images, float_targets))
+
+    _said_unmixed = False
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Log the loss and the metrics of the validation data."""
-        self._evaluate(batch, self.val_metrics)
+        self._evaluate(batch, batch_idx, self.val_metrics)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Log the loss and the metrics of the test data."""
-        self._evaluate(batch, self.test_metrics)
+        self._evaluate(batch, batch_idx, self.test_metrics)
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection) -> None:
-        images, labels = batch
+    def _evaluate(self, batch: tuple[Tensor, Tensor], batch_idx: int, metrics: MetricCollection) -> None:
+        images, targets = self._checked(batch, batch_idx)
         logits = self(images)
-        metrics.update(logits, labels)
-        loss = F.cross_entropy(logits, labels)
-        self.log(f"{metrics.prefix}loss", loss, on_epoch=True, sync_dist=True, batch_size=len(labels))
-        self.log_dict(metrics, on_epoch=True, prog_bar=True, batch_size=len(labels))
+        metrics.update(logits, targets.long())
+        loss = self.task.loss(logits, targets)
+        self.log(f"{metrics.prefix}loss", loss, on_epoch=True, sync_dist=True, batch_size=len(targets))
+        self.log_dict(metrics, on_epoch=True, prog_bar=True, batch_size=len(targets))
 
     def predict_step(self, batch: Tensor | Sequence[Any], batch_idx: int) -> Tensor:
-        """Probabilities `(N, num_classes)` of a batch of images, or of tuples that start with one."""
+        """Probabilities `(N, C)` of a batch of images, or of tuples that start with one."""
         images = batch if isinstance(batch, Tensor) else batch[0]
-        return torch.softmax(self(images).float(), dim=-1)
+        return self.task.probs(self(images))
+
+    def predict_image(self, image: str | Path | Image) -> dict[str, float]:
+        """Class names and probabilities of one photo, the most likely first; prepared as in training.
+
+        Args:
+            image: A file, or a picture of Pillow's.
+
+        Raises:
+            OSError: For a file that is no image.
+        """
+        config = self.data_config
+        photo = Path(image) if isinstance(image, str) else image
+        pixels, _ = ImageDataset([photo], [None], make_transform(config), config["input_size"][0])[0]
+        was_training = self.training
+        self.eval()
+        with torch.inference_mode():
+            probs = self.task.probs(self(pixels[None].to(self.device)))[0].tolist()
+        self.train(was_training)
+        names = self.class_names or [str(index) for index in range(self.task.size)]
+        return dict(sorted(zip(names, probs, strict=True), key=lambda pair: -pair[1]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The optimizer over all parameters; what is frozen is left to the callbacks."""
+        """The optimizer over all parameters, for callbacks to divide by layer group."""
         return self.optimizer(self.parameters())
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the class names, and let whoever loads the checkpoint do without the file of pretrained weights."""
-        checkpoint["class_names"] = self.class_names
-        if self.CHECKPOINT_HYPER_PARAMS_KEY in checkpoint:
-            checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["pretrained"] = False
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the class names from the checkpoint."""
-        self.class_names = checkpoint.get("class_names")
+def _size_of(parameter: Tensor) -> float:
+    return float(parameter.detach().double().cpu().abs().sum())
 
 
-def _build_timm(
-    name: str, num_classes: int, pretrained: bool | str, kwargs: dict[str, Any]
-) -> tuple[nn.Module, dict[str, Any]]:
-    if ":" not in name:  # `hf-hub:` and `local-dir:` names are timm's to resolve
-        base, tag = split_model_name_tag(name)
-        if not is_model(base):
-            raise _unknown(name, list_models())
-        if tag and name not in list_pretrained(f"{base}.*"):
-            raise _unknown(name, list_pretrained(f"{base}.*"))
-        if pretrained is True and not is_model_pretrained(name):
-            raise ValueError(f"backbone={name!r}: timm has no weights for it; set pretrained to false or to a file.")
-    if not isinstance(pretrained, str):
-        model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **kwargs)
-        return model, resolve_model_data_config(model)
-
-    # the same draws twice: what equals the network without weights afterwards was not in the file
-    with kept_rng():
-        reference = timm.create_model(name, num_classes=num_classes, **kwargs)
-    # timm drops a head of another number of classes from the file; -1 is always another
-    overlay = {"file": pretrained, "num_classes": -1}
-    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes, **kwargs)
-    head = model.pretrained_cfg["classifier"] or ()
-    head_keys = tuple(f"{part}." for part in ([head] if isinstance(head, str) else head))
-    pairs = zip(model.named_parameters(), reference.parameters(), strict=True)
-    drawn = [(key, new, old) for (key, new), old in pairs if old.numel() > 1 and old.std() > 0]
-    _check_loaded(
-        name, pretrained, [key for key, new, old in drawn if torch.equal(new, old) and not key.startswith(head_keys)]
-    )
-    return model, resolve_model_data_config(model)
-
-
-def _build_torchvision(
-    name: str, num_classes: int, pretrained: bool | str, kwargs: dict[str, Any]
-) -> tuple[nn.Module, dict[str, Any]]:
-    short = name.removeprefix(TORCHVISION)
-    known = torchvision.models.list_models(module=torchvision.models)
-    if short not in known:
-        raise _unknown(name, [TORCHVISION + other for other in known])
-    model = torchvision.models.get_model(short, weights=None, num_classes=num_classes, **kwargs)
-    weights = torchvision.models.get_model_weights(short).DEFAULT
-    if pretrained:
-        state = load_state_dict(pretrained) if isinstance(pretrained, str) else weights.get_state_dict(check_hash=True)
-        # torchvision's classifiers register the head last
-        head = [key for key, child in model.named_modules() if list(child.parameters(recurse=False))][-1]
-        state = {key: value for key, value in state.items() if not key.startswith(f"{head}.")}
-        missing = model.load_state_dict(state, strict=False).missing_keys
-        _check_loaded(name, str(pretrained), [key for key in missing if not key.startswith(f"{head}.")])
-    preset = weights.transforms()
-    return model, {
-        "input_size": (3, preset.crop_size[0], preset.crop_size[0]),
-        "mean": tuple(preset.mean),
-        "std": tuple(preset.std),
-        "interpolation": preset.interpolation.value,
-        "crop_pct": preset.crop_size[0] / preset.resize_size[0],
-        "crop_mode": "center",
-    }
-
-
-def _shrink_head(model: nn.Module, num_classes: int) -> None:
-    """Small weights for the new head, as its features are good already.
-
-    Initialisations for training from scratch can be so large (0.3 for timm's MobileNets, on 1280 features) that what
-    they leave in directions the data does not span costs several points of accuracy.
-    """
-    for part in layer_groups(model)[HEAD].modules():
-        for layer in part.modules():
-            if isinstance(layer, nn.Linear | nn.Conv2d) and layer.weight.shape[0] == num_classes:
-                nn.init.trunc_normal_(layer.weight, std=0.01, a=-0.02, b=0.02)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
-
-
-def _unknown(name: str, known: Sequence[str]) -> ValueError:
-    near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
-    hint = f"near it are {', '.join(near)}" if near else "timm.list_models() lists what there is"
-    return ValueError(f"backbone={name!r} is unknown: {hint}; give a timm model name or '{TORCHVISION}NAME'.")
-
-
-def _check_loaded(name: str, source: str, missing: list[str]) -> None:
-    if missing:
+def _num_outputs(num_classes: int | None, num_labels: int | None, task: TaskName | None) -> int:
+    if task not in (None, "multiclass", "multilabel"):
+        raise ValueError(f"task={task!r}: give 'multiclass' or 'multilabel'.")
+    if (num_classes is None) == (num_labels is None):
         raise ValueError(
-            f"pretrained={source!r} lacks {len(missing)} weights of backbone={name!r} ({', '.join(missing[:3])}...): "
-            "give a file of the same network, or set backbone to the network of the file."
+            f"num_classes={num_classes}, num_labels={num_labels}: give one of them, num_classes for one class per "
+            "image, num_labels for any number of labels per image."
         )
+    if num_labels is not None:
+        if task == "multiclass":
+            raise ValueError(
+                f"num_labels={num_labels} and task='multiclass': give num_classes for one class per image."
+            )
+        if num_labels < 1:
+            raise ValueError(f"num_labels={num_labels}: give 1 or more.")
+        return num_labels
+    least = 1 if task == "multilabel" else 2
+    if num_classes is None or num_classes < least:
+        raise ValueError(f"num_classes={num_classes}: give {least} or more.")
+    return num_classes

@@ -89,7 +89,8 @@ ALLOWED = {
     "tta": {"inside_lightning", "data", "seeding"},
     "callbacks": {"features", "tta", "inside_lightning", "data", "stages", "layers", *LEAVES},
     "digits_resnet": set(),
-    "module": {"digits_resnet", "layers", "data", "seeding"},
+    "classifier": {"digits_resnet", "layers", "seeding"},
+    "module": {"classifier", "layers", "data"},
     "recipe": {"callbacks", "stages"},
     "preview": {"callbacks", "features", "inside_lightning", "data", "stages", "layers", *LEAVES},
     "study": {

@@ -13,6 +13,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_unfreeze.classifier.tasks import MultiLabel, SingleLabel
+from lightning_unfreeze.data.modules import DigitsData, ImageFolderData
 from lightning_unfreeze.digits_resnet import WEIGHTS
 from lightning_unfreeze.module import TransferClassifier
 
@@ -244,3 +246,375 @@ def test_head__starts_small_on_pretrained_features_only(name: str, tmp_path: Pat
             assert not value.any()
         else:
             assert torch.equal(value, scratch.model.state_dict()[key])
+
+
+# --- several labels, weights, mixing ---------------------------------------------------------------------------------
+
+
+def sigmoid(value: float) -> float:
+    return 1 / (1 + math.exp(-value))
+
+
+def average_precision(scores: list[float], truths: list[int]) -> float:
+    """Mean of the precision at each positive, from the highest score down; no ties."""
+    found, precisions = 0, []
+    for place, (_, truth) in enumerate(sorted(zip(scores, truths, strict=True), reverse=True), start=1):
+        found += truth
+        if truth:
+            precisions.append(found / place)
+    return sum(precisions) / len(precisions)
+
+
+def test_labels__loss_map_f1_and_accuracy_are_those_of_arithmetic() -> None:
+    logits = [[2.0, -1.0, 0.2], [0.4, 1.0, -3.0], [-2.0, 0.8, 0.1], [1.0, -0.6, -0.4], [-0.5, 0.3, 0.9]]
+    truths = [[1, 0, 0], [0, 1, 0], [1, 1, 1], [1, 0, 1], [0, 0, 1]]
+    threshold = 0.6
+    module = digits(num_classes=None, num_labels=3, pretrained=False, threshold=threshold)  # type: ignore[arg-type]
+    module.model = Logits()
+    loader = DataLoader(TensorDataset(torch.tensor(logits), torch.tensor(truths)), batch_size=2)
+    (result,) = trainer().test(module, loader)
+    cells = [(z, t) for row, truth in zip(logits, truths, strict=True) for z, t in zip(row, truth, strict=True)]
+    loss = -sum(math.log(sigmoid(z) if t else 1 - sigmoid(z)) for z, t in cells) / 15
+    right = sum((sigmoid(z) > threshold) == bool(t) for z, t in cells) / 15
+    columns = [([row[k] for row in logits], [truth[k] for truth in truths]) for k in range(3)]
+    f1 = []
+    for scores, truth in columns:
+        guess = [sigmoid(z) > threshold for z in scores]
+        hits = sum(g and bool(t) for g, t in zip(guess, truth, strict=True))
+        f1.append(2 * hits / (sum(guess) + sum(truth)))
+    expected = {
+        "test_loss": loss,
+        "test_acc": right,
+        "test_f1": sum(f1) / 3,
+        "test_map": sum(average_precision(*column) for column in columns) / 3,
+    }
+    assert result == pytest.approx(expected, abs=1e-5)
+
+
+def test_labels__task_says_the_same_as_num_labels() -> None:
+    for module in (digits(4, task="multilabel"), TransferClassifier("digits_resnet", num_labels=4)):
+        assert module.task == MultiLabel(4)
+        assert module(torch.zeros(2, 1, 32, 32)).shape == (2, 4)
+    assert digits(4, task="multiclass").task == SingleLabel(4)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "says"),
+    [
+        ({"num_classes": 3, "num_labels": 3}, "give one of them"),
+        ({"num_classes": None}, "give one of them"),
+        ({"num_classes": None, "num_labels": 3, "task": "multiclass"}, "give num_classes"),
+        ({"num_classes": None, "num_labels": 0}, "num_labels=0: give 1"),
+        ({"task": "regression"}, "'multiclass' or 'multilabel'"),
+        ({"threshold": 0.0}, "threshold=0.0"),
+        ({"class_weights": [1.0]}, "has 1 numbers: give 5"),
+        ({"mixup_alpha": -1.0}, "mixup_alpha=-1.0"),
+    ],
+)
+def test_arguments__of_labels_weights_and_mixing_are_checked(kwargs: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        TransferClassifier(**{"backbone": "digits_resnet", "num_classes": 5, **kwargs})
+
+
+def log_probs(row: list[float]) -> list[float]:
+    total = math.log(sum(map(math.exp, row)))
+    return [value - total for value in row]
+
+
+def test_class_weights__enter_the_training_loss_alone() -> None:
+    rows, labels, weights = [[1.0, 0.0, -1.0], [0.5, 2.0, 0.0]], [0, 2], [1.0, 5.0, 3.0]
+    module = digits(3, pretrained=False, class_weights=weights)
+    module.model = Logits()
+    module.log = lambda *args, **kwargs: None  # type: ignore[method-assign,assignment]
+    batch = (torch.tensor(rows), torch.tensor(labels))
+    losses = [-log_probs(row)[label] for row, label in zip(rows, labels, strict=True)]
+    weighted = sum(weights[label] * loss for loss, label in zip(losses, labels, strict=True)) / (1.0 + 3.0)
+    assert module.training_step(batch, 0).item() == pytest.approx(weighted, rel=1e-6)
+    assert module.task.loss(*batch).item() == pytest.approx(sum(losses) / 2, rel=1e-6)
+    assert "loss_weights" not in module.state_dict()  # a checkpoint of other weights can be loaded
+
+
+def test_class_weights__of_labels_weigh_what_has_them() -> None:
+    module = TransferClassifier("digits_resnet", num_labels=2, pretrained=False, class_weights=[4.0, 1.0])
+    module.model = Logits()
+    module.log = lambda *args, **kwargs: None  # type: ignore[method-assign,assignment]
+    loss = module.training_step((torch.tensor([[0.3, -0.2]]), torch.tensor([[1, 0]])), 0).item()
+    assert loss == pytest.approx((-4 * math.log(sigmoid(0.3)) - math.log(1 - sigmoid(-0.2))) / 2, rel=1e-6)
+
+
+def test_balanced__weights_are_in_inverse_proportion_to_the_counts() -> None:
+    from sklearn.utils.class_weight import compute_class_weight
+
+    labels = [0] * 6 + [1] * 3 + [2]
+    expected = compute_class_weight("balanced", classes=torch.arange(3).numpy(), y=labels)
+    assert SingleLabel(3).balanced_weights([6, 3, 1], 10).tolist() == pytest.approx(expected.tolist())
+    assert MultiLabel(2).balanced_weights([4, 1], 10).tolist() == pytest.approx([6 / 4, 9.0])
+
+
+def test_balanced__takes_the_counts_of_the_data_and_asks_for_them_where_there_are_none() -> None:
+    data = Labelled(["a", "b", "c"])
+    with pytest.raises(MisconfigurationException, match=r"needs Labelled.class_counts"):
+        trainer(max_epochs=1).fit(digits(3, class_weights="balanced"), datamodule=data)
+    data.class_counts = [3, 3, 2]  # type: ignore[attr-defined]
+    module = digits(3, class_weights="balanced")
+    trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0).fit(module, datamodule=data)
+    assert module.loss_weights.tolist() == pytest.approx([8 / 9, 8 / 9, 8 / 6])
+
+
+def test_label_smoothing__of_labels_moves_both_ends() -> None:
+    task = MultiLabel(1, label_smoothing=0.2)
+    loss = task.training_loss(torch.tensor([[0.7]]), torch.tensor([[1]]), None).item()
+    assert loss == pytest.approx(-0.9 * math.log(sigmoid(0.7)) - 0.1 * math.log(1 - sigmoid(0.7)), rel=1e-6)
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_mixup__trains_on_the_same_mixture_of_images_and_targets(labels: bool) -> None:
+    size = {"num_labels": 3} if labels else {"num_classes": 3}
+    module = TransferClassifier("digits_resnet", pretrained=False, mixup_alpha=1.0, **size)  # type: ignore[arg-type]
+    seen = []
+
+    class Watched(Logits):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            seen.append(images)
+            return images.flatten(1)[:, :3] * self.scale
+
+    module.model = Watched()
+    module.log = lambda *args, **kwargs: None  # type: ignore[method-assign,assignment]
+    images = torch.eye(4).reshape(4, 1, 2, 2)  # image i has its one at place i
+    rows = torch.tensor([[1, 0, 1], [0, 0, 1], [1, 1, 0], [0, 1, 0]])
+    targets = rows if labels else torch.tensor([0, 1, 2, 0])
+    loss = module.training_step((images, targets), 0)
+    (mixed,) = seen
+    shares = mixed.flatten(1)  # the share of each of the four images in each mixed one
+    assert torch.allclose(shares.sum(1), torch.ones(4))
+    assert (shares > 0).sum(1).tolist() == [2] * 4
+    hot = rows.float() if labels else torch.nn.functional.one_hot(targets, 3).float()
+    logits, soft = shares[:, :3], shares @ hot
+    if labels:
+        probs = logits.sigmoid()
+        expected = -(soft * probs.log() + (1 - soft) * (1 - probs).log()).mean()
+    else:
+        expected = -(soft * (logits - logits.exp().sum(1, keepdim=True).log())).sum(1).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_cutmix__pastes_and_stays_off_stored_features() -> None:
+    module = digits(3, pretrained=False, cutmix_alpha=1.0)
+    images = torch.arange(4.0)[:, None, None, None].expand(4, 1, 8, 8).clone()
+    mixed, targets = module._mix(images, torch.tensor([0, 1, 2, 0]))
+    assert {float(value) for value in mixed.unique()} <= {0.0, 1.0, 2.0, 3.0}  # pasted, not blended
+    assert targets.shape == (4, 3) and torch.allclose(targets.sum(1), torch.ones(4))
+    for features in (torch.randn(4, 64), torch.randn(4, 64, 2, 2), torch.randn(4, 5, 64)):
+        same, labels = module._mix(features, torch.tensor([0, 1, 2, 0]))
+        assert same is features and labels.tolist() == [0, 1, 2, 0]
+
+
+# --- wrong targets ---------------------------------------------------------------------------------------------------
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "floats": (torch.tensor([0.0, 0.3, 1.0, 2.0]), r"float32.*class indices.*regression"),
+    "too large": (torch.tensor([0, 1, 4, 2]), r"hold 4.*0 to 2.*num_classes to 5"),
+    "negative": (torch.tensor([0, -1, 1, 2]), r"hold -1"),
+    "multi-hot": (torch.tensor([[1, 0, 1]] * 4), r"\(4, 3\) int64.*num_labels=3"),
+    "multi-hot floats": (torch.rand(4, 3), r"\(4, 3\) float32.*num_labels=3"),
+    "a column": (torch.zeros(4, 1, dtype=torch.long), r"\(4, 1\)"),
+    "names": (("ant", "bee", "ant", "cat"), r"names \('ant', 'bee', 'ant'\)"),
+    "a dict": ({"boxes": torch.zeros(4)}, r"a dict of 'boxes'"),
+    "true and false": (torch.tensor([True, False, True, True]), r"bool"),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(WRONG))
+@pytest.mark.parametrize("split", ["training", "validation", "test"])
+def test_targets__wrong_ones_are_refused_on_the_first_batch_in_one_line(kind: str, split: str) -> None:
+    targets, says = WRONG[kind]
+    module = digits(3, pretrained=False)
+    with pytest.raises(MisconfigurationException, match=says) as error:
+        getattr(module, f"{split}_step")((torch.randn(4, 1, 32, 32), targets), 0)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("targets", "says"),
+    [
+        (torch.tensor([0, 1, 2, 0]), r"\(4,\).*give num_classes"),
+        (torch.zeros(4, 5), r"\(4, 5\).*set num_labels to 5"),
+        (torch.full((4, 3), 0.5), r"hold 0.5"),
+        (torch.full((4, 3), 2), r"hold 2"),
+        (torch.full((4, 3), float("nan")), r"hold nan"),
+    ],
+)
+def test_targets__wrong_labels_are_refused_too(targets: torch.Tensor, says: str) -> None:
+    module = TransferClassifier("digits_resnet", num_labels=3, pretrained=False)
+    with pytest.raises(MisconfigurationException, match=says):
+        module.training_step((torch.randn(4, 1, 32, 32), targets), 0)
+
+
+@pytest.mark.parametrize("batch", [{"pixel_values": 1, "labels": 2}, [torch.zeros(4, 1, 32, 32)], torch.zeros(2)])
+def test_batches__of_another_form_are_refused(batch: Any) -> None:
+    with pytest.raises(MisconfigurationException, match=r"takes batches \(images, targets\)"):
+        digits(3, pretrained=False).training_step(batch, 0)
+
+
+# --- what a checkpoint knows -----------------------------------------------------------------------------------------
+
+
+class Ordered(Labelled):
+    """Labels that follow the names, so that an order can be told from another."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__(names)
+        self.given = list(names)
+
+    def order_classes(self, names: Any) -> None:
+        self.asked = list(names)
+
+
+def trained(names: list[str], folder: Path) -> Path:
+    runner = trainer(max_epochs=1, num_sanity_val_steps=0)
+    runner.fit(digits(len(names)), datamodule=Labelled(names))
+    runner.save_checkpoint(folder / "model.ckpt")
+    return folder / "model.ckpt"
+
+
+def test_checkpoint__data_of_other_classes_is_refused_by_name(tmp_path: Path) -> None:
+    path = trained(["cat", "dog"], tmp_path)
+    for use in (
+        lambda: trainer().validate(digits(2), datamodule=Labelled(["wolf", "zebra"]), ckpt_path=path),
+        lambda: trainer().validate(TransferClassifier.load_from_checkpoint(path), Labelled(["Dog", "cat"])),
+        lambda: trainer(max_epochs=2).fit(digits(2), Labelled(["wolf", "zebra"]), ckpt_path=path),
+    ):
+        with pytest.raises(MisconfigurationException, match=r"(wolf, zebra|Dog).*it knows cat, dog"):
+            use()
+
+
+def test_checkpoint__another_order_of_the_classes_is_mapped(tmp_path: Path) -> None:
+    path = trained(["cat", "dog"], tmp_path)
+    for module, ckpt_path in ((digits(2), path), (TransferClassifier.load_from_checkpoint(path), None)):
+        data = Ordered(["dog", "cat"])
+        trainer().validate(module, datamodule=data, ckpt_path=ckpt_path)
+        assert data.asked == ["cat", "dog"]
+        assert module.class_names == ["cat", "dog"]
+        with pytest.raises(MisconfigurationException, match=r"order_classes\(names\)"):
+            trainer().validate(module, datamodule=Labelled(["dog", "cat"]), ckpt_path=ckpt_path)
+
+
+def test_order_classes__moves_the_labels_with_the_names() -> None:
+    data = DigitsData(classes=[5, 6, 7])
+    data.setup("fit")
+    digit_of = [data.class_names[label] for label in data.dataset("val").targets]
+    data.order_classes(["7", "8", "5", "6"])
+    assert data.class_names == ["7", "8", "5", "6"]
+    assert [data.class_names[label] for label in data.dataset("val").targets] == digit_of
+    assert len(set(digit_of)) == 3
+
+
+def test_fit__of_a_trained_model_on_other_classes_says_that_its_outputs_change(tmp_path: Path) -> None:
+    module = TransferClassifier.load_from_checkpoint(trained(["cat", "dog"], tmp_path))
+    with pytest.warns(UserWarning, match=r"trained on the classes cat, dog.*wolf, zebra"):
+        trainer(max_epochs=1).fit(module, datamodule=Labelled(["wolf", "zebra"]))
+    assert module.class_names == ["wolf", "zebra"]
+
+
+def test_checkpoint__knows_the_input_that_the_data_module_gave(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"image_size_px": 16, "data_config": {"mean": [0.1], "std": [0.7], "crop_pct": 0.9}}
+    runner = trainer(max_epochs=1, num_sanity_val_steps=0, limit_train_batches=1, limit_val_batches=1)
+    runner.fit(digits(5), datamodule=DigitsData(**options))
+    runner.save_checkpoint(tmp_path / "model.ckpt")
+
+    def pixels(data: DigitsData, module: TransferClassifier, ckpt_path: Path | None) -> torch.Tensor:
+        seen = []
+        module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        trainer(limit_predict_batches=1).predict(module, datamodule=data, ckpt_path=ckpt_path)
+        return seen[0]
+
+    told = pixels(DigitsData(**options), digits(5), tmp_path / "model.ckpt")
+    assert told.shape[1:] == (1, 16, 16)
+    loaded = TransferClassifier.load_from_checkpoint(tmp_path / "model.ckpt")
+    assert loaded.data_config["input_size"] == (1, 16, 16)
+    assert torch.equal(pixels(DigitsData(), digits(5), tmp_path / "model.ckpt"), told)
+    assert torch.equal(pixels(DigitsData(), loaded, None), told)
+    with pytest.warns(UserWarning, match=r"input_size \(1, 32, 32\) instead of \(1, 16, 16\)"):
+        pixels(DigitsData(image_size_px=32), loaded, None)
+
+
+@pytest.mark.parametrize("how", ["validate", "test", "predict"])
+def test_untrained__head_is_shouted_about(how: str) -> None:
+    data = DigitsData()
+    with pytest.warns(UserWarning, match=rf"at random.*--ckpt_path FILE, or trainer.{how}"):
+        getattr(trainer(**{f"limit_{how.removeprefix('vali').replace('date', 'val')}_batches": 1}), how)(
+            digits(5), data
+        )
+
+
+def test_untrained__head_that_was_loaded_by_hand_is_trusted() -> None:
+    module = digits(5)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        module.model.fc.weight += 0.1
+    other = digits(5)
+    other.load_state_dict(module.state_dict())
+    trainer(limit_predict_batches=1).predict(other, datamodule=DigitsData())
+
+
+def test_predict_image__is_prepared_as_the_data_module_prepares_it(tmp_path: Path) -> None:
+    from PIL import Image
+
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(3):
+        pixels = torch.randint(256, (50, 40), generator=generator, dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(photos / f"{i}.png")
+    module = digits(3, pretrained=False)
+    with torch.no_grad():
+        module.model.fc.weight.normal_()
+    module.class_names = ["a", "b", "c"]
+    module.train()
+    data = ImageFolderData(root=str(tmp_path), predict_dir=str(photos), image_size_px=32)
+    (expected,) = trainer().predict(module, datamodule=data)  # type: ignore[misc]
+    for i in range(3):
+        answer = module.predict_image(photos / f"{i}.png")
+        assert list(answer.values()) == sorted(answer.values(), reverse=True)
+        assert [answer[name] for name in "abc"] == pytest.approx(expected[i].tolist(), abs=1e-6)
+    assert module.predict_image(Image.open(photos / "0.png")) == module.predict_image(str(photos / "0.png"))
+    assert module.model.training
+
+
+# --- weights out of reach --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backbone", ["resnet18.a1_in1k", "torchvision/resnet18"])
+def test_pretrained__out_of_reach_is_said_before_any_retry(
+    backbone: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args: None)
+    monkeypatch.setattr("lightning_unfreeze.classifier.backbones._answers", lambda url: False)
+    with pytest.raises(ValueError, match=r"not on this machine.*does not answer.*--model.pretrained FILE") as error:
+        TransferClassifier(backbone, 3)
+    assert "\n" not in str(error.value)
+
+
+def test_answers__tells_a_host_from_none() -> None:
+    import http.server
+    import threading
+
+    from lightning_unfreeze.classifier.backbones import _answers
+
+    class Refuses(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_error(403)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Refuses)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/"
+    try:
+        assert _answers(url)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert not _answers(url)

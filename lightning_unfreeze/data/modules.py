@@ -130,6 +130,18 @@ class _ClassificationData(pl.LightningDataModule):
         """Number of classes, after `setup`."""
         return len(self.class_names)
 
+    def order_classes(self, names: Sequence[str]) -> None:
+        """Number the classes as `names` does, e.g. in the order of a trained model's outputs; after `setup`.
+
+        Args:
+            names: All classes of the data, and others if need be.
+        """
+        places = [list(names).index(name) for name in self.class_names]
+        for split in self._samples.keys() - {"predict"}:
+            images, labels = self._samples[split]
+            self._samples[split] = (images, [places[label] for label in labels])
+        self._class_names = list(names)
+
     @property
     def data_config(self) -> dict[str, Any]:
         """Size and normalisation of the input: as given, else the module's, else its timm model's, else ImageNet's."""

@@ -1,0 +1,58 @@
+"""What a trained classifier knows of its classes and its input, held against the data that it is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+_OF_THE_INPUT = ("input_size", "mean", "std", "interpolation", "crop_pct")
+_SHOWN_NAMES = 6
+_MADE_WITH = ("lightning-unfreeze", "lightning", "torch", "torchvision", "timm")
+
+
+def check_known(names: Sequence[str], known: Sequence[str]) -> None:
+    """Refuses data with classes that the classifier does not know.
+
+    Raises:
+        MisconfigurationException: With the names on both sides.
+    """
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise MisconfigurationException(
+            f"The data has classes that the model was not trained on ({shown(unknown)}), it knows {shown(known)}: give "
+            "data of those classes, rename the folders, or train a model for the new classes (without --ckpt_path)."
+        )
+
+
+def input_differences(trained: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """How images are prepared otherwise than in training, one entry per option.
+
+    >>> input_differences({"input_size": (3, 64, 64), "crop_pct": 0.9}, {"input_size": [3, 96, 96], "crop_pct": 0.9})
+    ['input_size (3, 96, 96) instead of (3, 64, 64)']
+    """
+    both = [name for name in _OF_THE_INPUT if name in given and name in trained]
+    pairs = [(name, _plain(given[name]), _plain(trained[name])) for name in both]
+    return [f"{name} {here} instead of {there}" for name, here, there in pairs if here != there]
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a data config that says how images are prepared, in primitives."""
+    return {name: _plain(config[name]) for name in (*_OF_THE_INPUT, "crop_mode") if name in config}
+
+
+def versions() -> dict[str, str]:
+    """The packages that a network depends on, for the checkpoint."""
+    return {name: version(name) for name in _MADE_WITH}
+
+
+def shown(names: Sequence[str]) -> str:
+    """The first names of many, on one line."""
+    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+    return ", ".join(map(str, names[:_SHOWN_NAMES])) + more
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list | tuple) else value
