@@ -223,7 +223,7 @@ class TransferClassifier(pl.LightningModule):
         if "versions" in checkpoint:  # 0.1.0 kept no input
             self._data_config |= checkpoint["hyper_parameters"]["data_config"] or {}
             self._knows_its_input = True
-        datamodule = getattr(self._trainer, "datamodule", None)
+        datamodule: Any = getattr(self._trainer, "datamodule", None)
         if self._trainer is not None and self._trainer.state.fn != TrainerFn.PREDICTING:
             if known is not None and getattr(datamodule, "class_names", None) is not None:
                 self._meet(known, datamodule, is_loaded=True)
@@ -244,13 +244,14 @@ class TransferClassifier(pl.LightningModule):
         self._check_use()
 
     def _check_use(self) -> None:
-        if self.trainer.state.fn == TrainerFn.FITTING:
+        run = self.trainer.state.fn
+        if run is None or run == TrainerFn.FITTING:
             return
         now = dict(self.model.named_parameters())
         if all(key in now and _size_of(now[key]) == size for key, size in self._drawn.items()):
             rank_zero_warn(
                 "The head of this model is as it was drawn, at random: its answers mean nothing. Give a checkpoint: "
-                f"--ckpt_path FILE, or trainer.{self.trainer.state.fn.value}(..., ckpt_path=FILE)."
+                f"--ckpt_path FILE, or trainer.{run.value}(..., ckpt_path=FILE)."
             )
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if not self._knows_its_input or not hasattr(datamodule, "data_config"):
