@@ -73,6 +73,17 @@ class StageCallback(Callback):
         checkpoint written before that goes on inside the stage.
         """
 
+    def on_cycle_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, cycle: int, name: str
+    ) -> None:
+        """Called after the last optimizer step of a cycle (from 1), before its validation; `name` is of both."""
+
+    def on_weights_kept(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
+        """Called after a validation of weights that the stage may go back to, the best so far."""
+
+    def on_weights_restored(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
+        """Called when the weights that were kept last are in force again: what was found of others is void."""
+
     def wants_to_end_stage(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> bool:
         """Asked at the end of each epoch: True ends the stage early. Has to be the same on every rank."""
         return False

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +15,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 from lightning_unfreeze.inside_lightning.distributed import gather_objects
+from lightning_unfreeze.inside_lightning.weights import load_weights
 from lightning_unfreeze.seeding import kept_rng
+from lightning_unfreeze.tta.figure import SHEET_IMAGES, thumbnail
+from lightning_unfreeze.tta.outputs import End, as_logits, end_of
 from lightning_unfreeze.tta.random_views import DrawingLoader
-from lightning_unfreeze.tta.result import SHEET_IMAGES, decisions, flipped_rows, thumbnail
+from lightning_unfreeze.tta.result import decisions, flipped_rows
 from lightning_unfreeze.tta.views import Activation
-from lightning_unfreeze.tta.watch import NetworkCall
+from lightning_unfreeze.tta.watch import LogitsSpy, NetworkCall, State
 
 
 @dataclass
@@ -28,13 +32,16 @@ class LoaderPass:
     Attributes:
         loader: The user's, or a `DrawingLoader` around it.
         batches: Indices of this rank's batches; None where the order is not known.
+        end: What the network ends in, from the first batch on.
+        activation: Of its answers, from the first batch on.
         rows: What was found of each batch, by name.
         sheet: Pictures of the first samples that the views fixed, and of those that they broke, by index.
     """
 
     loader: Any
     batches: list[list[int]] | None
-    activation: Activation = "softmax"
+    end: End | None = None
+    activation: Activation | None = None
     rows: list[dict[str, Tensor]] = field(default_factory=list)
     sheet: dict[Literal["fixed", "broken"], dict[int, Tensor]] = field(
         default_factory=lambda: {"fixed": {}, "broken": {}}
@@ -58,7 +65,9 @@ class LoaderPass:
         self.rows.append({name: value.cpu() for name, value in rows.items()})
         if images is None:
             return
-        before, after = (decisions(rows[part], self.activation) == rows["target"] for part in ("plain", "merged"))
+        before, after = (
+            decisions(rows[part], self.activation or "softmax") == rows["target"] for part in ("plain", "merged")
+        )
         for kind, flipped in (("fixed", after & ~before), ("broken", before & ~after)):
             kept = self.sheet[kind]  # type: ignore[index]
             for row in flipped_rows(flipped)[: SHEET_IMAGES - len(kept)]:
@@ -85,6 +94,64 @@ class LoaderPass:
             for kept in sheet.values()
             for index, picture in kept.items()
         }
+
+
+@dataclass
+class Answers:
+    """What all views of a batch were answered.
+
+    Attributes:
+        outputs: `(V, N, C)` as the network gave them.
+        end: What the network ends in.
+        images: `(N, channels, H, W)` as the network was called with.
+        index: `(N,)` places in the dataset.
+    """
+
+    outputs: Tensor
+    end: End
+    images: Tensor
+    index: Tensor
+
+    @property
+    def logits(self) -> Tensor:
+        """`(V, N, C)` logits in float32 or better."""
+        logits = as_logits(self.outputs, self.end)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class Pass:
+    """One pass over the loaders of a run: the watch on the network, and what each loader has given so far."""
+
+    def __init__(self, spy: LogitsSpy, loaders: Iterable[Any], snapshots: Sequence[Path]) -> None:
+        self.spy, self.snapshots = spy, snapshots
+        self.loaders = [LoaderPass(loader, sampled_batches(loader)) for loader in loaders]
+        self._members: list[Callable[[str], State]] | None = None
+
+    def answers(
+        self, call: NetworkCall, loader: LoaderPass, views: Sequence[Callable[[Tensor], Tensor]], chunk_size: int
+    ) -> Answers:
+        """The answers to the plain view, which the step has had already, and to the other views of its images."""
+        with self.spy.paused(), torch.no_grad():
+            if self._members is None:
+                self._members = snapshot_states(self.snapshots, call)
+            loader.end = loader.end or end_of(call)
+            answers = [call.logits, *view_answers(call.answer, call.images, views, chunk_size)]
+            for weights_of in self._members:
+                network = functools.partial(call.answer, weights_of=weights_of)
+                answers += view_answers(network, call.images, [_plain, *views], chunk_size)
+        outputs = torch.stack([answer.reshape(len(call.images), -1) for answer in answers])
+        return Answers(outputs, loader.end, call.images, loader.next_index(len(call.images)))
+
+    def close(self) -> None:
+        """Takes the watch off, and lets loaders draw no more."""
+        self.spy.close()
+        for loader in self.loaders:
+            if isinstance(loader.loader, DrawingLoader):
+                loader.loader.stop()
+
+
+def _plain(images: Tensor) -> Tensor:
+    return images
 
 
 def sampled_batches(loader: Any) -> list[list[int]] | None:
@@ -139,31 +206,30 @@ def view_answers(
     return answers
 
 
-def call_with(call: NetworkCall, state: dict[str, Tensor], images: Tensor) -> Tensor:
-    """The network of `call` under other weights."""
-    answer: Tensor = torch.func.functional_call(call.network, state, (images,), call.kwargs)
-    return answer
-
-
-def snapshot_states(paths: Iterable[Path], call: NetworkCall) -> list[dict[str, Tensor]]:
-    """Weights of the network of `call` in each checkpoint, less those that are in force now.
+def snapshot_states(paths: Iterable[Path], call: NetworkCall) -> list[Callable[[str], State]]:
+    """Weights of the parts of `call` in each checkpoint, by name, less checkpoints of the weights in force now.
 
     Raises:
         MisconfigurationException: For a checkpoint of something else.
     """
-    prefix = f"{call.name}." if call.name else ""
-    current = call.network.state_dict()
-    states = []
+    states: list[Callable[[str], State]] = []
     for path in paths:
-        loaded = torch.load(path, map_location=call.images.device, weights_only=True)
-        loaded = loaded.get("state_dict", loaded)
-        state = {name.removeprefix(prefix): value for name, value in loaded.items() if name.startswith(prefix)}
-        if state.keys() != current.keys():
-            differing = sorted(state.keys() ^ current.keys())[:3]
-            raise MisconfigurationException(
-                f"snapshot {path} does not hold the network {call.name!r}: {differing} are in one only; take it "
-                "out of the snapshots, or train anew"
-            )
-        if not all(torch.equal(state[name], current[name]) for name in current):
-            states.append(state)
+        loaded = load_weights(path, call.images.device)
+        same = True
+        for name, part in call.parts:
+            state, current = _weights_of(name, loaded), part.state_dict()
+            if state.keys() != current.keys():
+                differing = sorted(state.keys() ^ current.keys())[:3]
+                raise MisconfigurationException(
+                    f"snapshot {path} does not hold the network {name!r}: {differing} are in one only; take it out of "
+                    "the snapshots, or train anew"
+                )
+            same = same and all(torch.equal(state[key], current[key]) for key in current)
+        if not same:
+            states.append(functools.partial(_weights_of, weights=loaded))
     return states
+
+
+def _weights_of(name: str, weights: State) -> State:
+    prefix = f"{name}." if name else ""
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}

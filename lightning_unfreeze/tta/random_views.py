@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_unfreeze.data.datasets import innermost_dataset, transform_of, with_transform
@@ -128,6 +130,46 @@ class _CollateBoth:
 
     def __call__(self, rows: list[tuple[Any, Tensor]]) -> tuple[Any, Tensor]:
         return self.collate([sample for sample, _ in rows]), torch.stack([draws for _, draws in rows])
+
+
+def start_drawing(loaders: Iterable[Any], augmentation: Callable[[Any], Tensor], num_views: int, seed: int) -> None:
+    """Lets each loader draw beside its batches.
+
+    Raises:
+        MisconfigurationException: For a loader whose order is not known.
+    """
+    for loader in loaders:
+        if not isinstance(loader, DrawingLoader):
+            raise MisconfigurationException(
+                "views='random' draws each sample by its index, and the order of this loader is not known; use a "
+                "map-style dataset in a DataLoader without shuffling, or deterministic views"
+            )
+        loader.start(augmentation, num_views, seed)
+
+
+def drawn_views(loader: DrawingLoader, images: Tensor, *, check: bool) -> list[Callable[[Tensor], Tensor]]:
+    """The draws beside the batch that `loader` handed out last, as views of `images`, which the network was given.
+
+    Raises:
+        MisconfigurationException: With `check`, where `images` are not what the loader gave.
+    """
+    if loader.current is None:
+        raise RuntimeError("the batch was read before the random draws were started")
+    batch, draws = loader.current
+    if check:
+        given = [leaf.to(images) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+        if not any(torch.equal(leaf, images) for leaf in given):
+            raise MisconfigurationException(
+                "views='random' draws in the dataset, and between the loader and the network the images are changed "
+                "(in the step, or in a batch-transfer hook), which the draws would miss; move that into the dataset's "
+                "transform or into the network's forward, or use deterministic views"
+            )
+    drawn = draws.to(images.device, images.dtype, non_blocking=True)
+    return [functools.partial(_take, drawn[:, view]) for view in range(drawn.shape[1])]
+
+
+def _take(drawn: Tensor, images: Tensor) -> Tensor:
+    return drawn
 
 
 def training_augmentation(trainer: pl.Trainer) -> Callable[[Any], Tensor]:

@@ -1,27 +1,21 @@
-"""What test-time augmentation changed on one set: predictions, metrics, and the picture of what it fixed and broke."""
+"""What test-time augmentation changed on one set: predictions and metrics."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
 
-from lightning_unfreeze.tta.views import Activation, draw_view, negative_log_likelihood
+from lightning_unfreeze.tta.views import Activation, negative_log_likelihood
 
 _METRIC_WORDS = {"val": {"val", "valid", "validation"}, "test": {"test"}, "train": {"train", "training"}}
-SHEET_IMAGES = 6
-_SHEET_PX = 128
-_FIXED, _BROKEN = "#1b7f79", "#c8553d"  # told apart in every common colour blindness, and in grey
-_PLOTTED_CLASSES = 20
 
 
 @dataclass
@@ -66,12 +60,29 @@ def decisions(log_probs: Tensor, activation: Activation) -> Tensor:
     return log_probs.argmax(-1) if activation == "softmax" else (log_probs > math.log(0.5)).long()
 
 
-def scores_of(result: TTAResult, pl_module: pl.LightningModule, prefix: str) -> dict[str, float]:
-    """All numbers of one set, by the name they are logged under."""
+def flipped_rows(flipped: Tensor) -> list[int]:
+    """The samples with a flip: of `(N,)`, or in any label of `(N, C)`."""
+    return flipped.reshape(len(flipped), -1).any(1).nonzero().flatten().tolist()
+
+
+def scores_of(
+    result: TTAResult, pl_module: pl.LightningModule, prefix: str, word: str = "tta", *, with_plain: bool = True
+) -> dict[str, float]:
+    """All numbers of one set, by the name they are logged under.
+
+    Args:
+        result: One set.
+        pl_module: The module, whose own metrics are computed too.
+        prefix: `"val"` or `"test"`.
+        word: Stands for the augmentation in the names.
+        with_plain: Whether the numbers without augmentation are among them.
+    """
     scores: dict[str, float] = {}
     target, activation = result.target, result.activation
     before, after = result.correct_plain, result.correct
-    for name, log_probs, correct in (("plain", result.plain, before), ("tta", result.merged, after)):
+    for name, log_probs, correct in (("plain", result.plain, before), (word, result.merged, after)):
+        if name == "plain" and not with_plain:
+            continue
         probs = log_probs.exp().float()
         if activation == "sigmoid":
             ece = binary_calibration_error(probs.flatten(), target.flatten())
@@ -83,11 +94,38 @@ def scores_of(result: TTAResult, pl_module: pl.LightningModule, prefix: str) -> 
         scores |= _module_scores(pl_module, prefix, name, probs, target)
     # from the counts: a module may call another average than theirs "acc"
     fixed, broken = int((after & ~before).sum()), int((before & ~after).sum())
-    scores[f"{prefix}_tta_gain"] = (fixed - broken) / before.numel()
-    scores[f"{prefix}_tta_fixed"], scores[f"{prefix}_tta_broken"] = float(fixed), float(broken)
+    scores[f"{prefix}_{word}_gain"] = (fixed - broken) / before.numel()
+    scores[f"{prefix}_{word}_fixed"], scores[f"{prefix}_{word}_broken"] = float(fixed), float(broken)
     for name in ("agreement", "entropy", "mutual_information"):
-        scores[f"{prefix}_tta_{name}"] = getattr(result, name).double().mean().item()
+        scores[f"{prefix}_{word}_{name}"] = getattr(result, name).double().mean().item()
     return scores
+
+
+def disagreements(results: Mapping[str, TTAResult], prefix: str, logged: Mapping[str, Tensor]) -> Iterator[str]:
+    """What to say where the module's own accuracy is not that of the plain view: then outputs or targets are misread.
+
+    Batches of unequal size may be averaged without their sizes, and precisions differ, so a sample or two, or two
+    points, are no disagreement.
+
+    Args:
+        results: By `"val"` or `"test"`, with `"/dataloader_idx_1"` behind it where there are several loaders.
+        prefix: `"val"` or `"test"`.
+        logged: What the module logged.
+    """
+    for own, value in logged.items():
+        bare, slash, loader = own.partition("/dataloader_idx_")
+        words = bare.replace("/", "_").split("_")
+        result = results.get(prefix + slash + loader)
+        if result is None or words[0] not in _METRIC_WORDS[prefix] or words[1:] not in (["acc"], ["accuracy"]):
+            continue
+        plain = result.metrics.get(f"{prefix}_{words[1]}_plain", result.correct_plain.double().mean().item())
+        if value.numel() == 1 and abs(float(value) - plain) > max(0.02, 2 / len(result.index)):
+            reading = "one class of several" if result.activation == "softmax" else "labels of their own"
+            yield (
+                f"TTAEval finds an accuracy of {plain:.3f} without augmentation, and the module logs "
+                f"{own}={float(value):.3f}: the outputs were taken for {reading}; say what they are with "
+                "TTAEval(activation=...) or forward=..., and where the target is with target=..."
+            )
 
 
 def _module_scores(
@@ -124,102 +162,3 @@ def _module_scores(
 
 def _is_classification(metric: nn.Module) -> bool:
     return isinstance(metric, Metric) and type(metric).__module__.startswith("torchmetrics.classification")
-
-
-def thumbnail(image: Tensor) -> Tensor:
-    """`(H, W, 3)` in [0, 1] on the CPU, at most 128 px; the normalisation is not known, so the range is stretched."""
-    image = image.detach().float().cpu()[:3]
-    scale = min(1.0, _SHEET_PX / max(image.shape[-2:]))
-    image = draw_view(image[None], f"scale:{scale}")[0]
-    low, high = torch.quantile(image, torch.tensor([0.005, 0.995]))
-    stretched = ((image - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
-    colours: Tensor = stretched.expand(3, -1, -1)
-    return colours.permute(1, 2, 0)
-
-
-def plot_flips(result: TTAResult, images: Mapping[int, Tensor], classes: Sequence[str] | None, title: str) -> Figure:
-    """Predictions that TTA corrected and corrupted, per class, and a sheet of the images they belong to.
-
-    Args:
-        result: One set.
-        images: Pictures `(H, W, 3)` in [0, 1] of flipped samples, by index.
-        classes: Class names; None writes numbers.
-        title: What was evaluated.
-    """
-    before, after = result.correct_plain, result.correct
-    fixed, broken = after & ~before, before & ~after
-    num_classes = result.plain.shape[1]
-    names = list(classes) if classes is not None and len(classes) == num_classes else list(map(str, range(num_classes)))
-    members = torch.eye(num_classes, dtype=torch.long)[result.target] if result.activation == "softmax" else None
-    per_class = {
-        "fixed": (fixed.long() @ members) if members is not None else fixed.sum(0),
-        "broken": (broken.long() @ members) if members is not None else broken.sum(0),
-        "n": members.sum(0) if members is not None else torch.full((num_classes,), len(fixed)),
-    }
-    flips = per_class["fixed"] + per_class["broken"]
-    shown = flips.argsort(descending=True, stable=True)[:_PLOTTED_CLASSES]
-
-    sheet = {
-        "fixed": [row for row in flipped_rows(fixed) if int(result.index[row]) in images][:SHEET_IMAGES],
-        "broken": [row for row in flipped_rows(broken) if int(result.index[row]) in images][:SHEET_IMAGES],
-    }
-    figure = Figure(figsize=(13, max(4.2, 1.4 + 0.34 * len(shown))), layout="constrained")
-    halves: Any = figure.subfigures(1, 2, width_ratios=(1, 1.7))
-    left, right = halves
-    axes = left.subplots()
-    for place, column in enumerate(shown.tolist()):
-        up, down, n = (int(per_class[key][column]) for key in ("fixed", "broken", "n"))
-        axes.barh(place, up, color=_FIXED, height=0.7)
-        axes.barh(place, -down, color=_BROKEN, height=0.7)
-        axes.annotate(f" {up}", (up, place), va="center", ha="left", color=_FIXED)
-        axes.annotate(f"{down} ", (-down, place), va="center", ha="right", color=_BROKEN)
-        points = f"{100 * (up - down) / n:+.1f} pt" if n else "none"
-        axes.annotate(
-            f"{points}, n = {n}", (1.0, place), xycoords=("axes fraction", "data"), va="center", ha="right", fontsize=8
-        )
-    span = max(1, int(flips.max()))
-    axes.set(xlim=(-1.15 * span, 1.9 * span), ylim=(len(shown) - 0.4, -0.6), xlabel="predictions broken | fixed")
-    axes.set_yticks(range(len(shown)), [names[column] for column in shown.tolist()])
-    axes.tick_params(left=False)
-    axes.set_xticks([])
-    axes.axvline(0, color="0.3", linewidth=0.8)
-    axes.spines[["top", "right", "bottom", "left"]].set_visible(False)
-    more = f", {_PLOTTED_CLASSES} of {num_classes} classes" if num_classes > _PLOTTED_CLASSES else ""
-    axes.set_title(f"Gain per class{more}", fontsize=10, loc="left")
-
-    grid = right.subplots(2, SHEET_IMAGES, squeeze=False)
-    for line, (kind, colour, total) in enumerate((("fixed", _FIXED, fixed), ("broken", _BROKEN, broken))):
-        for cell, panel in enumerate(grid[line]):
-            panel.set_xticks([])
-            panel.set_yticks([])
-            panel.spines[:].set_visible(False)
-            if cell == 0:
-                panel.set_ylabel(f"{kind}: {int(total.sum())}", color=colour, fontsize=10, weight="bold")
-            if cell >= len(sheet[kind]):
-                continue
-            row = sheet[kind][cell]
-            panel.imshow(images[int(result.index[row])].numpy())
-            panel.spines[:].set(visible=True, color=colour, linewidth=2.5)
-            panel.set_title(_flip_caption(result, row, names, kind), fontsize=8)
-    gain = after.double().mean().item() - before.double().mean().item()
-    figure.suptitle(
-        f"TTA on {title}: accuracy {100 * before.double().mean().item():.2f} % → "
-        f"{100 * after.double().mean().item():.2f} % ({100 * gain:+.2f} pt), {int(fixed.sum())} fixed, "
-        f"{int(broken.sum())} broken of {before.numel()} predictions"
-    )
-    return figure
-
-
-def flipped_rows(flipped: Tensor) -> list[int]:
-    """The samples with a flip: of `(N,)`, or in any label of `(N, C)`."""
-    return flipped.reshape(len(flipped), -1).any(1).nonzero().flatten().tolist()
-
-
-def _flip_caption(result: TTAResult, row: int, names: Sequence[str], kind: str) -> str:
-    if result.activation == "sigmoid":
-        changed = result.correct[row] if kind == "fixed" else result.correct_plain[row]
-        other = result.correct_plain[row] if kind == "fixed" else result.correct[row]
-        labels: list[int] = (changed & ~other).nonzero().flatten().tolist()
-        return "\n".join(f"{'has' if result.target[row, label] else 'no'} {names[label]}" for label in labels[:2])
-    was, now = (names[int(part[row].argmax())] for part in (result.plain, result.merged))
-    return f"{was}\n→ {now}"

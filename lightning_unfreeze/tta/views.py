@@ -1,4 +1,4 @@
-"""Views of an image, and what becomes of a model's answers to them: merge, uncertainty, learnt weights.
+"""Views of an image, and what becomes of a model's answers to them: merge, uncertainty.
 
 Everything here is a pure function of tensors. Images are `(N, channels, H, W)`, logits of V views `(V, N, C)`.
 """
@@ -6,9 +6,9 @@ Everything here is a pure function of tensors. Images are `(N, channels, H, W)`,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +16,7 @@ from torchvision.transforms.v2 import functional as TF
 
 Merge = Literal["mean", "log_mean", "gmean", "max", "vote"]
 Activation = Literal["softmax", "sigmoid"]
+View = str | Callable[[Tensor], Tensor]
 
 _CORNERS = ("top_left", "top_right", "bottom_left", "bottom_right", "centre")
 CROP_SHARE = 7 / 8
@@ -50,6 +51,50 @@ def check_view(name: str) -> None:
                 f"view {name!r} is not known: {step!r} is none of identity, hflip, vflip, rot90, rot180, rot270, "
                 f"{', '.join(_CORNERS)}, scale:FACTOR; steps are joined with '+', as in 'hflip+rot90'"
             )
+
+
+def extra_views(views: str | Sequence[View]) -> list[View]:
+    """The views beside the plain one, of a named set or a list.
+
+    Raises:
+        ValueError: For a view that there is not.
+
+    >>> extra_views("flip"), extra_views(["identity", "rot90"])
+    (['hflip'], ['rot90'])
+    """
+    if views == "random":
+        return []
+    if isinstance(views, str):
+        if views not in VIEW_SETS:
+            raise ValueError(f"views={views!r} is none of {', '.join(map(repr, VIEW_SETS))}, 'random', and no list")
+        return list(VIEW_SETS[views][1:])
+    for view in views:
+        if isinstance(view, str):
+            check_view(view)
+        elif not callable(view):
+            raise ValueError(f"a view is a name or a function of a batch of images, got {view!r}")
+    return [view for view in views if view != "identity"]
+
+
+def beta_weights(beta: float | str | None, num_views: int) -> list[float] | None:
+    """Weights of fastai's two rules: 2.x gives the plain view `beta`; 0.7 repeats it once for every four others.
+
+    Raises:
+        ValueError: For anything but a share, `"v2"`, `"v07"` or None.
+
+    >>> beta_weights("v2", 4)
+    [0.25, 0.25, 0.25, 0.25]
+    """
+    others = num_views - 1
+    if beta is None or others == 0:
+        return None
+    if beta == "v07":
+        beta = math.ceil(others / 4) / (math.ceil(others / 4) + others)
+    elif beta == "v2":
+        beta = 0.25
+    if isinstance(beta, str) or not 0 <= beta <= 1:
+        raise ValueError(f"beta={beta!r} is not a share in [0, 1], 'v2' or 'v07'")
+    return [beta] + [(1 - beta) / others] * others
 
 
 def draw_view(images: Tensor, name: str, crop_px: int | None = None) -> Tensor:
@@ -215,51 +260,3 @@ def negative_log_likelihood(log_probs: Tensor, target: Tensor, activation: Activ
     if activation == "sigmoid":
         return F.binary_cross_entropy(log_probs.exp().clamp(0, 1), target.to(log_probs.dtype))
     return F.nll_loss(log_probs, target.long())
-
-
-def fit_view_weights(
-    logits: Tensor, target: Tensor, per_class: bool = False, activation: Activation = "softmax"
-) -> tuple[Tensor, float]:
-    """Weights of the views for merge `"mean"`, and the temperature, by likelihood (Shanmugam et al., 2021, section 4).
-
-    The temperature is fitted on the plain view, then the weights under it, not negative. To be fitted on samples that
-    no reported number is computed from.
-
-    Args:
-        logits: `(V, N, C)`, the plain view first.
-        target: `(N,)` classes, or `(N, C)` of 0 and 1 for the sigmoid.
-        per_class: One weight per view and class instead of one per view.
-        activation: As in `merge_views`.
-
-    Returns:
-        Weights `(V,)` or `(V, C)` in float64 that sum to one over the views, and the temperature that divides logits.
-    """
-    # evaluation runs in inference mode, whose tensors no gradient can be taken through
-    with torch.inference_mode(False), torch.enable_grad():
-        return _fit_view_weights(logits.detach().double().cpu().clone(), target.cpu().clone(), per_class, activation)
-
-
-def _fit_view_weights(logits: Tensor, target: Tensor, per_class: bool, activation: Activation) -> tuple[Tensor, float]:
-    from scipy.optimize import minimize, minimize_scalar
-
-    shape = (logits.shape[0], logits.shape[2]) if per_class else (logits.shape[0],)
-
-    def plain_loss(log_temperature: float) -> float:
-        plain = merge_views(logits[:1] / math.exp(log_temperature), activation=activation)
-        return negative_log_likelihood(plain, target, activation).item()
-
-    temperature = math.exp(minimize_scalar(plain_loss, bounds=(-3.0, 3.0), method="bounded").x)
-
-    def loss_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        weights = torch.from_numpy(flat).reshape(shape).requires_grad_()
-        merged = merge_views(logits / temperature, "mean", weights, activation)
-        loss = negative_log_likelihood(merged, target, activation)
-        (gradient,) = torch.autograd.grad(loss, weights)
-        return loss.item(), gradient.numpy().ravel()
-
-    # all weights at zero have no sum to divide by, so the bound is a hair above it
-    start = np.full(math.prod(shape), 1 / shape[0])
-    found = minimize(loss_and_gradient, start, jac=True, method="L-BFGS-B", bounds=[(1e-9, 1.0)] * len(start)).x
-    weights = torch.from_numpy(found).reshape(shape)
-    weights = torch.where(weights > 1e-6, weights, 0.0)
-    return weights / weights.sum(0), temperature

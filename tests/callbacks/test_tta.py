@@ -306,7 +306,7 @@ class TwoCalls(Module):
 
 
 class SplitCalls(Module):
-    """Backbone and head called one after the other: the backbone's features are no logits."""
+    """Backbone and head called one after the other."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -316,12 +316,19 @@ class SplitCalls(Module):
         return self.head(self.backbone(batch[0]))
 
 
+class FeaturesByHand(SplitCalls):
+    """What the head reads was made in the step: nobody could make it of another view."""
+
+    def logits(self, batch: Any) -> torch.Tensor:
+        return self.head(self.backbone(batch[0]).relu())
+
+
 @pytest.mark.parametrize(
     ("module", "options", "size_px", "message"),
     [
-        (NoCall, {}, (8, 8), "saw none|gives features"),
+        (NoCall, {}, (8, 8), "saw none"),
+        (FeaturesByHand, {}, (8, 8), "backbone.*gives features"),
         (TwoCalls, {}, (8, 8), r"saw 2.*\['net', 'teacher'\].*forward="),
-        (SplitCalls, {}, (8, 8), "backbone.*gives features"),
         (Module, {"forward": "model"}, (8, 8), "'model' is no submodule.*net"),
         (Module, {"views": "d4"}, (8, 6), "square"),
         (Module, {"views": "five_crop", "crop_px": 9}, (8, 8), "9 px is larger"),
@@ -332,7 +339,6 @@ class SplitCalls(Module):
             "6x6 px.*8x8",
         ),
         (Module, {"target": 2}, (8, 8), "no target"),
-        (Module, {"merge": "learnt"}, (8, 8), "no weights yet.*trainer.validate"),
         (Module, {"views": "random"}, (8, 8), "augmentation="),
     ],
 )
@@ -372,7 +378,7 @@ class NoisyEvaluation(Module):
 
 
 def test_tta__refuses_dropout_in_training_mode() -> None:
-    with pytest.raises(MisconfigurationException, match=r"'5'.*training mode"):
+    with pytest.raises(MisconfigurationException, match=r"'net\.5'.*training mode"):
         trainer_with(TTAEval(figure=False)).test(NoisyEvaluation(), load(*images_and_targets()), verbose=False)
 
 
@@ -545,47 +551,6 @@ def test_tta__random_views_are_refused_where_they_would_be_wrong(
     with pytest.raises(MisconfigurationException, match=message):
         trainer.test(module(), DataLoader(dataset(9, v2.Identity()), batch_size=4, **options), verbose=False)
     assert "process_dataloader" not in vars(trainer.strategy)
-
-
-# --- learnt weights --------------------------------------------------------------------------------------------------
-
-
-def test_tta__learnt_weights_come_from_validation_and_are_used_in_test(tmp_path: Path) -> None:
-    module, (images, target) = Module(), images_and_targets(60)
-    # most targets are what the plain view says, so that its weight is the larger one
-    target[10:] = view_probs(module.net, [images])[0, 10:].argmax(1)
-    fit_on, report_on = load(images[:40], target[:40]), load(images[40:], target[40:])
-    tta = TTAEval("flip", merge="learnt", figure=False)
-    trainer = trainer_with(tta)
-    trainer.validate(module, fit_on, verbose=False)
-    probs = view_probs(module.net, [images, images.flip(-1)])
-    torch.testing.assert_close(tta.results["val"].merged.exp(), probs.mean(0)[:40])
-
-    def loss(weight: float) -> float:
-        heated = (probs[:, :40].log() / tta.temperature).softmax(-1)
-        mixed = weight * heated[0] + (1 - weight) * heated[1]
-        return -mixed[torch.arange(40), target[:40]].log().mean().item()
-
-    assert tta.weights is not None
-    assert tta.weights[0] > 0.6
-    best = min(loss(weight / 100) for weight in range(101))
-    assert loss(tta.weights[0].item()) == pytest.approx(best, abs=1e-4)
-    trainer.test(module, report_on, verbose=False)
-    heated = (probs[:, 40:].log() / tta.temperature).softmax(-1)
-    expected = (tta.weights[:, None, None] * heated).sum(0)
-    torch.testing.assert_close(tta.results["test"].merged.exp(), expected.float())
-    with pytest.raises(MisconfigurationException, match="very dataset"):
-        trainer.test(module, fit_on, verbose=False)
-
-    other = TTAEval("d4", merge="learnt", figure=False)
-    other.load_state_dict(tta.state_dict())
-    with pytest.raises(MisconfigurationException, match=r"fitted to 2 answers.*here are 8"):
-        trainer_with(other).test(module, report_on, verbose=False)
-
-    restored = TTAEval("flip", merge="learnt")
-    torch.save(tta.state_dict(), tmp_path / "state.pt")
-    restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert torch.equal(restored.weights, tta.weights)  # type: ignore[arg-type]
 
 
 # --- during fit ------------------------------------------------------------------------------------------------------
@@ -870,3 +835,144 @@ def test_tta__is_the_same_on_one_two_and_three_ranks(tmp_path: Path, monkeypatch
 
 def test_merge_views__is_public_here() -> None:
     assert merge_views(torch.zeros(2, 1, 2)).exp().tolist() == [[0.5, 0.5]]
+
+
+# --- what outputs and targets mean -----------------------------------------------------------------------------------
+
+
+class Ended(pl.LightningModule):
+    """Ends in `end`; logs its own accuracy, by its own reading of its outputs."""
+
+    def __init__(self, end: nn.Module, num_outputs: int, right: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.right = nn.Sequential(nn.Flatten(), nn.Linear(192, num_outputs), end), right
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.net(images)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_acc", self.right(self(batch[0]), batch[1]).float().mean())
+
+    test_step = validation_step
+
+    def predict_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self(batch[0])
+
+
+@pytest.mark.parametrize("num_outputs", [1, 4])
+def test_tta__probabilities_of_a_sigmoid_are_merged_as_they_are(num_outputs: int) -> None:
+    images = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    module = Ended(nn.Sigmoid(), num_outputs, lambda probs, target: (probs > 0.5).long() == target)
+    with torch.no_grad():
+        probs, flipped = module(images), module(images.flip(-1))
+        target = ((probs + 0.3 * torch.randn(probs.shape)) > 0.5).long()
+    tta = TTAEval("flip", figure=False)
+    (logged,) = trainer_with(tta).validate(module, load(images, target, batch_size=16), verbose=False)
+    merged = (probs + flipped) / 2
+    assert logged["val_acc_plain"] == pytest.approx(logged["val_acc"]) != 1
+    assert logged["val_acc_tta"] == pytest.approx(((merged > 0.5) == target).float().mean().item())
+    torch.testing.assert_close(tta.results["val"].merged.exp(), merged, rtol=1e-5, atol=1e-6)
+    assert logged["val_nll_tta"] == pytest.approx(F.binary_cross_entropy(merged, target.float()).item(), rel=1e-4)
+    batches: Any = trainer_with(tta).predict(module, load(images, target, batch_size=16))
+    torch.testing.assert_close(torch.cat([batch["probs"] for batch in batches]), merged, rtol=1e-5, atol=1e-6)
+
+
+def test_tta__one_hot_targets_are_classes() -> None:
+    module, (images, target) = Module(), images_and_targets(40)
+    one_hot, numbers = TTAEval(figure=False), TTAEval(figure=False)
+    module.val_acc = None  # type: ignore[assignment]
+    module.loss = None
+    trainer_with(one_hot).test(module, load(images, torch.eye(CLASSES)[target]), verbose=False)
+    trainer_with(numbers).test(module, load(images, target), verbose=False)
+    assert one_hot.results["test"].metrics == numbers.results["test"].metrics
+    assert one_hot.results["test"].activation == "softmax"
+
+
+def test_tta__warns_where_the_module_counts_otherwise() -> None:
+    images, target = images_and_targets(40)
+    # the module's classes are the smallest outputs: nothing in them says so
+    module = Ended(nn.Identity(), CLASSES, lambda outputs, labels: outputs.argmin(1) == labels)
+    with torch.no_grad():
+        target = module(images).argmin(1)
+    with pytest.warns(UserWarning, match=r"0\.000 without augmentation, and the module logs val_acc=1\.000"):
+        trainer_with(TTAEval(figure=False)).validate(module, load(images, target), verbose=False)
+
+
+# --- early, and never fatal late -------------------------------------------------------------------------------------
+
+
+class Refused(Module):
+    """Called in a way that nobody can watch, from an epoch on."""
+
+    def __init__(self, from_epoch: int = 0) -> None:
+        super().__init__()
+        self.from_epoch, self.teacher = from_epoch, small_net()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        if self.trainer.current_epoch >= self.from_epoch:
+            self.teacher(batch[0])
+
+
+def test_tta__what_cannot_work_is_said_before_training() -> None:
+    loader, module = load(*images_and_targets()), Refused()
+    trainer = trainer_with(TTAEval(figure=False), max_epochs=3, num_sanity_val_steps=1)
+    with pytest.raises(MisconfigurationException, match="saw 2 of them"):
+        trainer.fit(module, loader, loader)
+    assert trainer.global_step == 0
+    for refused, options, message in (
+        (Module(), {"views": "d4"}, "square"),
+        (Module(), {"target": "species"}, "no target"),
+        (Module(), {"views": ["hflip", lambda images: images[:, :1]]}, "channels"),
+    ):
+        rectangles = load(torch.rand(8, 3, 8, 6), torch.zeros(8, dtype=torch.long))
+        trainer = trainer_with(TTAEval(figure=False, **options), max_epochs=3, num_sanity_val_steps=1)
+        with pytest.raises((MisconfigurationException, RuntimeError), match=message):
+            trainer.fit(refused, rectangles, rectangles)
+        assert trainer.global_step == 0
+    assert not any(part._forward_hooks for part in module.modules())
+
+
+@pytest.mark.parametrize(("from_epoch", "num_sanity_val_steps"), [(2, 1), (0, 0)])
+def test_tta__what_fails_in_a_fit_is_a_warning(from_epoch: int, num_sanity_val_steps: int) -> None:
+    loader, module, tta = load(*images_and_targets()), Refused(from_epoch), TTAEval(figure=False)
+    trainer = trainer_with(tta, max_epochs=3, num_sanity_val_steps=num_sanity_val_steps)
+    with pytest.warns(UserWarning, match=r"augments no more in this fit, which goes on: Misconf.*saw 2 of them"):
+        trainer.fit(module, loader, loader)
+    assert trainer.current_epoch == 3
+    assert tta.results == {}
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
+@pytest.mark.parametrize(("every_epochs", "max_epochs", "expected"), [(2, 5, [3]), (3, 9, [8]), (2, 6, [5])])
+def test_tta__augments_the_last_validation_that_there_is(
+    every_epochs: int, max_epochs: int, expected: list[int]
+) -> None:
+    tta, loader = TTAEval(figure=False), load(*images_and_targets(8))
+    recorder = Recorder(tta)
+    trainer = trainer_with(tta, recorder, max_epochs=max_epochs, check_val_every_n_epoch=every_epochs)
+    trainer.fit(Module(), loader, loader)
+    assert list(recorder.results) == expected
+
+
+# --- two of them -----------------------------------------------------------------------------------------------------
+
+
+def test_tta__two_of_them_have_names_of_their_own(tmp_path: Path) -> None:
+    module, (images, target) = Module(), images_and_targets(30)
+    flips, turns = TTAEval("flip"), TTAEval("d4")
+    checkpoint = ModelCheckpoint(dirpath=tmp_path)
+    trainer = trainer_with(flips, turns, checkpoint, enable_checkpointing=True, max_epochs=1)
+    trainer.fit(module, load(images, target), load(images, target))
+    assert {path.name for path in tmp_path.glob("*.png")} == {"tta.png", "tta_2.png"}
+    (logged,) = trainer.validate(module, load(images, target), verbose=False)
+    views = [torch.rot90(part, turns, (-2, -1)) for part in (images, images.flip(-1)) for turns in range(4)]
+    probs = view_probs(module.net, views)
+    for word, merged in (("tta", (probs[0] + probs[4]) / 2), ("tta_2", probs.mean(0))):
+        right = (merged.argmax(1) == target).float().mean().item()
+        assert logged[f"val_acc_{word}"] == pytest.approx(right)
+        assert logged[f"val_{word}_gain"] == pytest.approx(right - logged["val_acc_plain"], abs=1e-6)
+    batches: Any = trainer.predict(module, load(images, target))
+    torch.testing.assert_close(torch.cat([batch["output"]["probs"] for batch in batches]), (probs[0] + probs[4]) / 2)
+    torch.testing.assert_close(torch.cat([batch["probs"] for batch in batches]), probs.mean(0))

@@ -1,4 +1,4 @@
-"""Views, merges, uncertainty and learnt weights against peers' numbers, and against arithmetic written here."""
+"""Views, merges and uncertainty against peers' numbers, and against arithmetic written here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_unfreeze.tta.views import VIEW_SETS, check_view, draw_view, fit_view_weights, merge_views, uncertainty
+from lightning_unfreeze.tta.views import VIEW_SETS, check_view, draw_view, merge_views, uncertainty
 
 GOLDEN = Path(__file__).parents[2].resolve().parent / "shared" / "golden"
 
@@ -202,37 +202,3 @@ def test_views__refuse_what_the_images_do_not_have() -> None:
     for unknown in ("hflop", "hflip+rot45", "scale:x", "scale:0", "scale:-1"):
         with pytest.raises(ValueError, match="not known"):
             check_view(unknown)
-
-
-def test_learnt_weights__are_the_grids_best() -> None:
-    """Two views, one weight: a fine grid finds the same likelihood maximum."""
-    rng = torch.Generator().manual_seed(0)
-    target = torch.randint(0, 3, (300,), generator=rng)
-    signal = F.one_hot(target, 3).double() * 2
-    logits = torch.stack([signal + torch.randn(300, 3, generator=rng, dtype=torch.float64) * s for s in (1.0, 1.5)])
-    weights, temperature = fit_view_weights(logits, target)
-    assert weights.sum().item() == pytest.approx(1)
-
-    def loss(weight: float, divisor: float, views: torch.Tensor = logits) -> float:
-        probs = (views / divisor).softmax(-1)
-        mixed = weight * probs[0] + (1 - weight) * probs[-1]
-        return -mixed[torch.arange(300), target].log().mean().item()
-
-    assert temperature == pytest.approx(min((t / 100 for t in range(20, 300)), key=lambda t: loss(1.0, t)), abs=0.006)
-    best = min((w / 1000 for w in range(1001)), key=lambda w: loss(w, temperature))
-    assert weights[0].item() == pytest.approx(best, abs=0.002)
-
-
-@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
-def test_learnt_weights__leave_out_a_view_of_noise(activation: Any) -> None:
-    rng = torch.Generator().manual_seed(1)
-    target = torch.randint(0, 3, (400,), generator=rng)
-    signal = F.one_hot(target, 3) * 4.0 - 2
-    logits = torch.stack([signal + torch.randn(400, 3, generator=rng), 4 * torch.randn(400, 3, generator=rng)])
-    labels = target if activation == "softmax" else F.one_hot(target, 3)
-    for per_class, shape in ((False, (2,)), (True, (2, 3))):
-        weights, _ = fit_view_weights(logits, labels, per_class, activation)
-        assert weights.shape == shape
-        assert (weights >= 0).all()
-        assert weights[1].max() < 0.15
-        torch.testing.assert_close(weights.sum(0), torch.ones_like(weights[0]))
