@@ -393,6 +393,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=240, help="no run begins after that")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--backbones", nargs="*", choices=list(BACKBONES), default=list(BACKBONES))
+    parser.add_argument("--per-class", nargs="*", choices=["20", "None"], default=["20", "None"])
     parser.add_argument("--most", type=int, help="runs at most, for a check of the script")
     parser.add_argument("--pack", action="store_true", help="only read the sets, into DATA/NAME.SPLIT.pt")
     options = parser.parse_args()
@@ -405,6 +407,7 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     tasks, results = spawn.Queue(), spawn.Queue()
     todo = sorted((job for block in options.blocks for job in jobs(block)), key=lambda job: job["seed"])
+    todo = [job for job in todo if job["backbone"] in options.backbones and str(job["per_class"]) in options.per_class]
     todo = [job for job in {key(job): job for job in todo}.values() if key(job) not in known][: options.most]
     for job in todo:
         tasks.put(job)

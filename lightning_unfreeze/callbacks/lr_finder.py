@@ -201,11 +201,12 @@ class LRFinderPerStage(StageCallback):
         ratios = _peak_ratios(optimizer)
         lrs: list[float] = []
         losses: list[float] = []
+        around_steps = [player.around_step for player in players(trainer)]  # the sandbox takes the callbacks away
 
         def around(batch: Any) -> ExitStack:
             with ExitStack() as stack:
-                for player in players(trainer):
-                    stack.enter_context(player.around_step(trainer, pl_module, batch))
+                for around_step in around_steps:
+                    stack.enter_context(around_step(trainer, pl_module, batch))
                 return stack.pop_all()
 
         with (
