@@ -17,7 +17,7 @@ import lightning.pytorch as pl
 import torch
 from safetensors.torch import save_file
 
-from lightning_unfreeze.data.modules import DigitsData
+from lightning_unfreeze.data.digits import DigitsData
 from lightning_unfreeze.digits_resnet import WEIGHTS
 from lightning_unfreeze.module import TransferClassifier
 

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from lightning_unfreeze import GradualUnfreeze, ImageFolderData, PrecomputeFeatures, Stage
-from lightning_unfreeze.data.modules import DigitsData
+from lightning_unfreeze.data.digits import DigitsData
 
 Loaders = tuple[DataLoader[Any], DataLoader[Any]]
 RATE = 1e-3

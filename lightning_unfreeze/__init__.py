@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lightning_unfreeze.callbacks.restarts import CosineRestarts as CosineRestarts
     from lightning_unfreeze.callbacks.tta import TTAEval as TTAEval
     from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze as GradualUnfreeze
-    from lightning_unfreeze.data.modules import DigitsData as DigitsData
+    from lightning_unfreeze.data.digits import DigitsData as DigitsData
     from lightning_unfreeze.data.modules import ImageFolderData as ImageFolderData
     from lightning_unfreeze.layers.groups import layer_groups as layer_groups
     from lightning_unfreeze.module import TransferClassifier as TransferClassifier
@@ -36,7 +36,7 @@ __version__ = "0.1.0"
 
 _ROOM_OF = {
     "CosineRestarts": "callbacks.restarts",
-    "DigitsData": "data.modules",
+    "DigitsData": "data.digits",
     "GradualUnfreeze": "callbacks.unfreeze",
     "ImageFolderData": "data.modules",
     "LRFinderPerStage": "callbacks.lr_finder",

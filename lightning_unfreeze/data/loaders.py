@@ -41,6 +41,22 @@ class KeyedDataset(Dataset[Any]):
         return len(self.dataset)  # type: ignore[arg-type]
 
 
+_FAR_EPOCHS = 1 << 20
+
+
+def _draws_before(indices: torch.Tensor) -> torch.Tensor:
+    """How often each entry occurs before its place.
+
+    >>> _draws_before(torch.tensor([3, 1, 3, 3]))
+    tensor([0, 0, 1, 2])
+    """
+    sorted_indices, places = indices.sort(stable=True)
+    starts = torch.searchsorted(sorted_indices, sorted_indices)
+    before = torch.empty_like(indices)
+    before[places] = torch.arange(len(indices)) - starts
+    return before
+
+
 class EpochSampler(DistributedSampler[Any]):
     """Order of the samples as a function of (seed, epoch), each rank taking every n-th one.
 
@@ -53,10 +69,31 @@ class EpochSampler(DistributedSampler[Any]):
         shuffle: Permute by (seed, epoch), else in order.
         seed: Seed of the order.
         drop_last: Drop the tail that does not fill all ranks, instead of repeating samples from the start.
+        weights: Draw as many samples as there are with replacement, in proportion to these, shape (len(dataset),);
+            the order is shuffled then. Of a `KeyedDataset` each draw of a sample is augmented in a way of its own.
+
+    Raises:
+        ValueError: For another number of weights than samples, or weights that are no shares.
     """
 
-    def __init__(self, dataset: Dataset[Any], shuffle: bool = True, seed: int = 0, drop_last: bool = False) -> None:
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        shuffle: bool = True,
+        seed: int = 0,
+        drop_last: bool = False,
+        weights: torch.Tensor | None = None,
+    ) -> None:
         super().__init__(dataset, num_replicas=1, rank=0, shuffle=shuffle, seed=seed, drop_last=drop_last)
+        if weights is not None and (
+            weights.shape != (len(dataset),)  # type: ignore[arg-type]
+            or not bool(weights.isfinite().all() and (weights >= 0).all() and weights.sum() > 0)
+        ):
+            raise ValueError(
+                f"weights of shape {tuple(weights.shape)}: give {len(dataset)} numbers, "  # type: ignore[arg-type]
+                "one per sample, 0 or more and not all 0."
+            )
+        self.weights = weights
         self.first_sample = 0
         self._find_ranks()
 
@@ -69,22 +106,34 @@ class EpochSampler(DistributedSampler[Any]):
 
     def order(self) -> torch.Tensor:
         """Indices of this rank in the present epoch, shape (num_samples,)."""
+        return self._of_this_rank(self._of_all_ranks())
+
+    def _of_all_ranks(self) -> torch.Tensor:
         self._find_ranks()
         num_all = len(self.dataset)  # type: ignore[arg-type]
-        indices = torch.arange(num_all)
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(key_to_seed("order", self.seed, self.epoch))
-            indices = torch.randperm(num_all, generator=generator)
+        generator = torch.Generator().manual_seed(key_to_seed("order", self.seed, self.epoch))
+        if self.weights is not None:
+            # not `multinomial`, which takes at most 2**24 weights
+            places = torch.rand(num_all, dtype=torch.float64, generator=generator)
+            borders = self.weights.double().cumsum(0)
+            return torch.searchsorted(borders, places * borders[-1], right=True).clamp(max=num_all - 1)
+        return torch.randperm(num_all, generator=generator) if self.shuffle else torch.arange(num_all)
+
+    def _of_this_rank(self, indices: torch.Tensor) -> torch.Tensor:
+        num_all = len(indices)
         # the modulo repeats samples from the start until all ranks have the same number
         positions = torch.arange(self.rank, self.total_size, self.num_replicas) % num_all
         return indices[positions]
 
     def __iter__(self) -> Iterator[Any]:
         first, self.first_sample = self.first_sample, 0
-        keys = self.order()[first:]
+        indices = self._of_all_ranks()
+        keys = indices
         if isinstance(self.dataset, KeyedDataset):
-            keys = keys + self.epoch * len(self.dataset)
-        yield from keys.tolist()
+            # the second draw of a sample in an epoch has the key of an epoch far away
+            epochs = self.epoch + _FAR_EPOCHS * (0 if self.weights is None else _draws_before(indices))
+            keys = indices + epochs * len(self.dataset)
+        yield from self._of_this_rank(keys)[first:].tolist()
 
     def __len__(self) -> int:
         self._find_ranks()
@@ -104,6 +153,7 @@ class EpochBatchSampler(EpochSampler):
         seed: As for `EpochSampler`.
         drop_last: Drop the last batch where it is not full, as `drop_last` of a DataLoader.
         drop_tail: Drop the tail that does not fill all ranks, as `drop_last` of an `EpochSampler`.
+        weights: As for `EpochSampler`.
 
     >>> list(EpochBatchSampler(range(5), batch_size=2, shuffle=False))
     [[0, 1], [2, 3], [4]]
@@ -117,10 +167,11 @@ class EpochBatchSampler(EpochSampler):
         seed: int = 0,
         drop_last: bool = False,
         drop_tail: bool = False,
+        weights: torch.Tensor | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r}: give an integer of 1 or more.")
-        super().__init__(dataset, shuffle=shuffle, seed=seed, drop_last=drop_tail)
+        super().__init__(dataset, shuffle=shuffle, seed=seed, drop_last=drop_tail, weights=weights)
         self.batch_size, self.drop_last_batch = batch_size, drop_last
 
     def __iter__(self) -> Iterator[list[int]]:

@@ -267,7 +267,7 @@ def feature_loader(
     sampler of the user's goes on choosing the rows.
     """
     size, sampler, drop_last = batch_size or loader.batch_size or 1, loader.sampler, loader.drop_last
-    drop_tail = False
+    drop_tail, weights = False, getattr(sampler, "weights", None)
     if isinstance(sampler, DistributedSampler):
         shuffle, seed, drop_tail = sampler.shuffle, sampler.seed, sampler.drop_last
     elif isinstance(sampler, RandomSampler) and not sampler.replacement and sampler.num_samples == len(dataset):
@@ -277,5 +277,7 @@ def feature_loader(
     else:
         rows = _RowBatches(sampler, size, drop_last)
         return DataLoader(dataset, batch_size=None, sampler=rows, pin_memory=loader.pin_memory)
-    order = EpochBatchSampler(dataset, size, shuffle=shuffle, seed=seed, drop_last=drop_last, drop_tail=drop_tail)
+    order = EpochBatchSampler(
+        dataset, size, shuffle=shuffle, seed=seed, drop_last=drop_last, drop_tail=drop_tail, weights=weights
+    )
     return ResumableLoader(dataset, batch_size=None, sampler=order, pin_memory=loader.pin_memory)

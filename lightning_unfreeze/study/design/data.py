@@ -10,9 +10,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader, Subset
 
-from lightning_unfreeze.data.datasets import transform_of
+from lightning_unfreeze.data.datasets import ImageDataset, transform_of
 from lightning_unfreeze.data.loaders import EpochSampler, KeyedDataset, ResumableLoader
-from lightning_unfreeze.data.modules import ImageDataset, make_transform
+from lightning_unfreeze.data.transforms import make_transform
 from lightning_unfreeze.seeding import key_to_seed
 
 
@@ -110,7 +110,7 @@ class StudyData(pl.LightningDataModule):
                 [images[index] for index in indices],
                 [targets[index] for index in indices],
                 transform,
-                test.num_channels,
+                test.reading,
             )
 
         self._train: Any = chosen(self.train_indices, augmented)
