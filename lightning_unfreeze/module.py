@@ -25,7 +25,9 @@ from lightning_unfreeze.classifier.knowledge import (
     versions,
 )
 from lightning_unfreeze.classifier.tasks import MultiLabel, SingleLabel, Task, TaskName, batch_of
-from lightning_unfreeze.data.modules import ImageDataset, make_transform
+from lightning_unfreeze.data.datasets import ImageDataset
+from lightning_unfreeze.data.images import Reading
+from lightning_unfreeze.data.transforms import make_transform
 from lightning_unfreeze.layers.families import HEAD
 from lightning_unfreeze.layers.groups import layer_groups
 
@@ -330,7 +332,7 @@ class TransferClassifier(pl.LightningModule):
         """
         config = self.data_config
         photo = Path(image) if isinstance(image, str) else image
-        pixels, _ = ImageDataset([photo], [None], make_transform(config), config["input_size"][0])[0]
+        pixels, _ = ImageDataset([photo], [None], make_transform(config), Reading(config["input_size"][0]))[0]
         was_training = self.training
         self.eval()
         with torch.inference_mode():

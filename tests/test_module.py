@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_unfreeze.classifier.tasks import MultiLabel, SingleLabel
-from lightning_unfreeze.data.modules import DigitsData, ImageFolderData
+from lightning_unfreeze.data.digits import DigitsData
+from lightning_unfreeze.data.modules import ImageFolderData
 from lightning_unfreeze.digits_resnet import WEIGHTS
 from lightning_unfreeze.module import TransferClassifier
 

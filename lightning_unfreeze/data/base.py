@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from lightning_unfreeze.data.datasets import ImageDataset
 from lightning_unfreeze.data.images import Reading
-from lightning_unfreeze.data.labels import balanced_weights, class_weights, counts_of
+from lightning_unfreeze.data.labels import balanced_weights, counts_of
 from lightning_unfreeze.data.loaders import EpochSampler, KeyedDataset, ResumableLoader
 from lightning_unfreeze.data.transforms import Augmentation, make_transform
 
@@ -94,16 +94,16 @@ class ClassificationData(pl.LightningDataModule):
                 self._samples[split] = (images, [places[label] for label in targets])
         self._class_names = list(names)
 
-    def class_counts(self, split: Split = "train") -> Tensor:
-        """Images of each class in a split, shape `(num_classes,)`, after `setup`."""
-        return counts_of(self._of_split(split)[1], self.num_classes)
+    @property
+    def class_counts(self) -> list[int]:
+        """Training images of each class, in the order of the labels, after `setup`."""
+        counts: list[int] = counts_of(self._of_split("train")[1], self.num_classes).tolist()
+        return counts
 
-    def class_weights(self) -> Tensor:
-        """Weights of the classes that make the training images of each count alike, shape `(num_classes,)`.
-
-        For `weight` of cross entropy, or, where an image may have several labels, `pos_weight` of binary cross entropy.
-        """
-        return class_weights(self.class_counts(), len(self._of_split("train")[0]), self.multi_label)
+    @property
+    def num_train_images(self) -> int:
+        """Training images, after `setup`."""
+        return len(self._of_split("train")[0])
 
     def paths(self, split: Split | Literal["predict"]) -> list[str]:
         """The files of a split in the order of its loader (of the training data: in the order of the indices)."""
@@ -188,7 +188,7 @@ class ClassificationData(pl.LightningDataModule):
         data = KeyedDataset(self.dataset("train", self.augmentation), seed=self.seed)
         weights = None
         if self.sampler == "balanced":
-            weights = balanced_weights(self._of_split("train")[1], self.class_counts())
+            weights = balanced_weights(self._of_split("train")[1], torch.tensor(self.class_counts))
         sampler = EpochSampler(data, seed=self.seed, weights=weights)
         # BatchNorm cannot train on a last batch of one image
         alone = len(sampler) > 1 and len(sampler) % self.batch_size == 1
