@@ -82,7 +82,7 @@ ALLOWED = {
     "seeding": set(),
     "reporting": set(),
     "layers": set(),
-    "stages": {"reporting"},
+    "stages": {"layers", "reporting"},
     "data": {"seeding"},
     "features": {"data", "seeding"},
     "inside_lightning": {"layers", "seeding"},

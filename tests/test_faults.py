@@ -31,7 +31,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from matplotlib.figure import Figure
 
 from lightning_unfreeze.callbacks import precompute
-from lightning_unfreeze.callbacks.base import StageCallback
+from lightning_unfreeze.callbacks.base import Conductor, StageCallback
 from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage
 from lightning_unfreeze.callbacks.precompute import PrecomputeFeatures
 from lightning_unfreeze.callbacks.restarts import CosineRestarts
@@ -76,8 +76,8 @@ RECIPE = [
 PARTS: dict[str, tuple[type, str]] = {
     "feature pass": (FeaturePass, "fill"),
     "range test": (LRFinderPerStage, "range_test"),
-    "stage start": (StageCallback, "_announce"),
-    "stage end": (GradualUnfreeze, "_finish_stage"),
+    "stage start": (Conductor, "announce"),
+    "stage end": (GradualUnfreeze, "finish_stage"),
     "saving a checkpoint": (pl.Trainer, "save_checkpoint"),
     "training batch": (_TrainingEpochLoop, "advance"),
     "validation": (_EvaluationLoop, "run"),

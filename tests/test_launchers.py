@@ -57,7 +57,6 @@ class ChecksRanks(StageCallback):
         self.rows[stage.name] = [trainer.world_size, ranks_differ_by(pl_module), *moved]
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_end(trainer, pl_module)
         if trainer.is_global_zero:
             self.path.write_text(json.dumps(self.rows))
 
@@ -133,7 +132,6 @@ def test_rebuild_ddp__keeps_the_users_options_in_every_stage(tmp_path: Path) -> 
         """In the forked process, whose failure is the test's."""
 
         def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            super().on_train_end(trainer, pl_module)
             assert [before for before, _ in self.seen] == [False, False]
             for _, options in self.seen:
                 assert options == {**wanted, "timeout": timedelta(seconds=77)}

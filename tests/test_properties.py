@@ -99,7 +99,7 @@ def simulate(plan: list[dict[str, Any]], num_batches: int, accumulate: int) -> l
                 mult = row.get("lr_mult", 1.0)
                 factor = mult[place] if isinstance(mult, list) else mult ** (len(GROUPS) - 1 - place)
                 if name in trained(row["train"]):
-                    rates[name] = (row["lr"] if row.get("lr") else GIVEN[name]) * factor * share
+                    rates[name] = (row.get("lr", GIVEN["head"]) * GIVEN[name] / GIVEN["head"]) * factor * share
             steps.append((epoch + step // steps_of_epoch, rates))
         epoch += epochs
     return steps

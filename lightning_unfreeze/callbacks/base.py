@@ -1,16 +1,37 @@
-"""What every callback of a staged run shares: it is told when a stage starts and when it ends."""
+"""What every callback of a staged run shares: players are told of the stages, one conductor tells them."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_unfreeze.stages.plan import MAX_STAGE_EPOCHS, Stage
+from lightning_unfreeze.stages.progress import Progress
+
+
+def _seating_a_conductor(setup: Callable[..., None]) -> Callable[..., None]:
+    """A player's `setup`, before which its Trainer has a conductor: the only hook that this package stands before.
+
+    Lightning calls `setup` of every callback first. So no player has to call `super()` for the stages to be announced.
+    """
+
+    @functools.wraps(setup)
+    def wrapped(self: Any, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit" and not any(isinstance(each, Conductor) for each in trainer.callbacks):  # type: ignore[attr-defined]
+            whole_fit = _WholeFit()
+            trainer.callbacks = [whole_fit, *trainer.callbacks]  # type: ignore[attr-defined]
+            whole_fit.setup(trainer, pl_module, stage)  # Lightning goes through the old list
+        setup(self, trainer, pl_module, stage)
+
+    wrapped.seats_a_conductor = True  # type: ignore[attr-defined]
+    return wrapped
 
 
 @dataclass(frozen=True)
@@ -47,13 +68,14 @@ class StageRun:
 class StageCallback(Callback):
     """A callback that is told of the stages of a run.
 
-    The first of them in `order` leads: it knows the current stage and announces it to all. `GradualUnfreeze` always
-    comes first; without it the whole fit is a single stage, announced in the same way, so that each callback also
-    works alone. A subclass that overrides one of the hooks below calls `super()` first.
+    The hooks below do nothing until they are overridden, and none of them, nor any of Lightning's, needs a call of
+    `super()`: the conductor announces the stages, and finds its players in the Trainer's list. `GradualUnfreeze` is the
+    conductor; in a fit without it one takes its seat that announces the whole fit as a single stage, so that each
+    callback also works alone.
 
     Attributes:
-        order: Place in the fixed order in which a stage start is announced (lower is earlier); the order of the
-            Trainer's list of callbacks does not matter.
+        order: Place in the fixed order in which a stage start is announced (lower is earlier, any number); the order of
+            the Trainer's list of callbacks does not matter.
         writes_rates: Whether it sets learning rates, so that a scheduler of the module's would be a second writer.
         run: The stage that was announced last; None outside of fitting.
     """
@@ -61,7 +83,23 @@ class StageCallback(Callback):
     order: ClassVar[int] = 50
     writes_rates: ClassVar[bool] = False
     run: StageRun | None = None
-    _ended = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not hasattr(cls.setup, "seats_a_conductor"):
+            cls.setup = _seating_a_conductor(cls.setup)  # type: ignore[method-assign]
+
+    @_seating_a_conductor
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Lightning's own; does nothing."""
+
+    def preflight(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stages: Sequence[Stage]) -> None:
+        """Called once per fit with the whole plan, before the sanity validation and before anything trains.
+
+        What will fail later fails here: raise a `MisconfigurationException`, the same on every rank. Module, optimizer
+        and param groups are ready, the weights of a checkpoint are loaded, its loops are not. Loaders are not yet made;
+        `trainer.estimated_stepping_batches` makes the one for training.
+        """
 
     def on_stage_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
         """Called when `stage` starts, and once more when a run resumes inside it (then `self.run.resumed`)."""
@@ -94,97 +132,139 @@ class StageCallback(Callback):
         """What a training step on a batch of the stage's loader needs around it, outside of the Trainer's own loop."""
         return nullcontext()
 
-    def as_if_in(self, stage: Stage) -> AbstractContextManager[Any]:
-        """The parameters require gradients as in another stage of the plan, for a look ahead; the leader's."""
-        return nullcontext()
 
-    def around_stage_start(self, trainer: pl.Trainer, run: StageRun) -> AbstractContextManager[Any]:
-        """What holds while a stage start is announced; asked of the leader only."""
-        return nullcontext()
+class Conductor(Callback):
+    """Announces the stages to all `StageCallback`s of its Trainer; there is one, and it is found by its type.
+
+    As it is, the whole fit is one stage, which asks for nothing. `GradualUnfreeze` has a plan. Sole writer of
+    `progress`, whose docstring has the table of a stage's life, and of every player's `run`.
+
+    Attributes:
+        progress: Where the run stands.
+        run: The stage that was announced last; None outside of fitting.
+    """
+
+    def __init__(self) -> None:
+        self.progress = Progress()
+        self.run: StageRun | None = None
+
+    # --- what the players ask ----------------------------------------------------------------------------------------
+
+    def plan(self, trainer: pl.Trainer) -> list[Stage]:
+        """All stages of the fit."""
+        return [self.current_run(trainer).stage]
 
     def current_run(self, trainer: pl.Trainer) -> StageRun:
-        """The stage that the Trainer's current epoch belongs to; asked of the leader only."""
+        """The stage that the Trainer's current epoch belongs to."""
         epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else MAX_STAGE_EPOCHS
         return StageRun(0, Stage("fit", epochs=epochs), 0, 0, resumed=trainer.global_step > 0, planned=False)
 
     def enter_stage(self, trainer: pl.Trainer) -> StageRun:
-        """Makes the module ready for the current stage, if it is not; asked of the leader only.
+        """Makes the module ready for the current stage, if it is not.
 
         Called before a stage is announced, and by whoever needs the module of the coming stage earlier than that (the
         request for a stage's data loader comes before `on_train_epoch_start`).
         """
-        return self.current_run(trainer)
+        run = self.current_run(trainer)
+        if self.progress.phase == "idle":
+            self.make_ready(trainer, run.stage)
+            self.progress = self.progress.enter()
+        return run
+
+    def make_ready(self, trainer: pl.Trainer, stage: Stage) -> None:
+        """Sets what trains in `stage`."""
 
     def frozen_roots(self) -> list[nn.Module]:
-        """Modules that the current stage keeps in eval mode; asked of the leader only."""
+        """The outermost modules that the current stage keeps in eval mode."""
         return []
+
+    def around_stage_start(self, trainer: pl.Trainer, run: StageRun) -> AbstractContextManager[Any]:
+        """What holds while a stage start is announced."""
+        return nullcontext()
+
+    # --- announcing --------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Forgets the stage of a fit that ended with an error, where Lightning calls no `teardown`."""
+        self._forget_run(trainer)
+        self.progress = self.progress.restart()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Has every player say what will fail later."""
+        self.preflight(trainer, pl_module)
+
+    def preflight(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Asks the players; their order is that of a stage's start."""
+        for player in players(trainer):
+            player.preflight(trainer, pl_module, self.plan(trainer))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Announces a stage that starts with this epoch."""
-        self._announce(trainer, pl_module)
+        self.announce(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Announces the stage of a run that was resumed inside an epoch, where `on_train_epoch_start` is not called."""
-        if self.run is None or batch_idx == 0:
-            self._announce(trainer, pl_module)
+        self.announce(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Ends the stage after its last epoch."""
-        if self is not leader(trainer):
-            return
-        if self.run is None:  # resumed from a checkpoint of this epoch's validation: no other hook came before
-            self._announce(trainer, pl_module)
-        self._end_epoch(trainer, pl_module, next_epoch=trainer.current_epoch + 1)
+        self.end_epoch(trainer, pl_module, next_epoch=trainer.current_epoch + 1)
 
-    def _end_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, next_epoch: int) -> None:
-        if self.run is None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Ends a stage that the fit was stopped in."""
+        if self.progress.phase == "announced":
+            self._tell_end(trainer, pl_module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Forgets the stage, so that the next fit starts afresh."""
+        self._forget_run(trainer)
+
+    def announce(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tells the players that the current stage starts, if they do not know."""
+        if self.progress.phase not in ("idle", "entered"):
+            return
+        self.run = run = self.enter_stage(trainer)
+        self.progress = self.progress.announce()
+        told = players(trainer)
+        for player in told:
+            player.run = run
+        with self.around_stage_start(trainer, run):
+            self.start_stage(trainer, pl_module, run)
+            for player in told:
+                player.on_stage_start(trainer, pl_module, run.stage)
+
+    def start_stage(self, trainer: pl.Trainer, pl_module: pl.LightningModule, run: StageRun) -> None:
+        """What the conductor itself does first at the start of a stage."""
+
+    def end_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, next_epoch: int) -> None:
+        """Ends the stage where it was its last epoch, or a player wants to."""
+        if self.run is None or self.progress.phase != "announced":
             return
         # every player is asked, also after one that wants to: they may count epochs, or reduce over the ranks
         wishes = [player.wants_to_end_stage(trainer, pl_module, self.run.stage) for player in players(trainer)]
         asked_to = any(wishes)
         if asked_to or next_epoch >= self.run.end_epoch:
-            self._finish_stage(trainer, pl_module, asked_to=asked_to, next_epoch=next_epoch)
+            self.finish_stage(trainer, pl_module, asked_to=asked_to, next_epoch=next_epoch)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Ends a stage that the fit was stopped in."""
-        if self is leader(trainer) and self.run is not None and not self._ended:
-            self._end(trainer, pl_module, self.run)
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Forgets the stage of a fit that ended with an error, where Lightning calls no `teardown`."""
-        self.run = None
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Forgets the stage, so that the next fit starts afresh."""
-        self.run = None
-
-    def _announce(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self is not leader(trainer):
-            return
-        run = self.enter_stage(trainer)
-        if self.run is not None and self.run.index == run.index:
-            return
-        self._ended = False
-        with self.around_stage_start(trainer, run):
-            for player in players(trainer):
-                player.run = run
-                player.on_stage_start(trainer, pl_module, run.stage)
-
-    def _finish_stage(
+    def finish_stage(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, asked_to: bool, next_epoch: int
     ) -> None:
-        if self.run is None:
-            return
-        self._end(trainer, pl_module, self.run)
-        if asked_to:
-            trainer.should_stop = True
+        """Ends the stage; without a plan the fit ends with it."""
+        self._tell_end(trainer, pl_module)
+        trainer.should_stop = trainer.should_stop or asked_to
 
-    def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, run: StageRun) -> None:
-        for player in reversed(players(trainer)):
-            player.on_stage_end(trainer, pl_module, run.stage)
-        self._ended = True
+    def _tell_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.run is not None:
+            for player in reversed(players(trainer)):
+                player.on_stage_end(trainer, pl_module, self.run.stage)
+        self.progress = self.progress.end()
+
+    def _forget_run(self, trainer: pl.Trainer) -> None:
+        self.run = None
+        for player in players(trainer):
+            player.run = None
 
 
 def players(trainer: pl.Trainer) -> list[StageCallback]:
@@ -193,14 +273,30 @@ def players(trainer: pl.Trainer) -> list[StageCallback]:
     return sorted(found, key=lambda player: player.order)
 
 
-def set_lr(group: dict[str, Any], rate: float) -> None:
-    """Writes the rate of a param group; into a tensor in place, since a compiled optimizer holds it."""
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(rate)
-    else:
-        group["lr"] = rate
+def conductor(trainer: pl.Trainer) -> Conductor:
+    """Who announces the stages of the fit that `trainer` is in.
+
+    Raises:
+        RuntimeError: Outside of a fit with stage callbacks.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Conductor):
+            return callback
+    raise RuntimeError("there is no conductor: stages are announced in Trainer.fit only")
 
 
-def leader(trainer: pl.Trainer) -> StageCallback:
-    """The stage callback that announces the stages."""
-    return players(trainer)[0]
+class _WholeFit(Conductor):
+    """The conductor of a fit that has none in its list; it comes with the fit and goes with it."""
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leaves its seat; Lightning calls no `teardown` after an error."""
+        self._leave(trainer)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leaves its seat."""
+        super().teardown(trainer, pl_module, stage)
+        self._leave(trainer)
+
+    def _leave(self, trainer: pl.Trainer) -> None:
+        # a new list: Lightning goes through the old one while it calls a hook
+        trainer.callbacks = [each for each in trainer.callbacks if each is not self]  # type: ignore[attr-defined]

@@ -13,10 +13,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from matplotlib.figure import Figure
 
-from lightning_unfreeze.callbacks.base import StageCallback, players, set_lr
+from lightning_unfreeze.callbacks.base import StageCallback, players
 from lightning_unfreeze.inside_lightning.loaders import fresh_batches
 from lightning_unfreeze.inside_lightning.sandbox import sandbox
 from lightning_unfreeze.inside_lightning.steps import optimizer_step
+from lightning_unfreeze.layers.param_groups import peak_lr, set_lr, set_peak_lr
 from lightning_unfreeze.reporting import progress_bar, report_dir, save_figure, write_csv
 from lightning_unfreeze.stages.plan import Stage
 from lightning_unfreeze.stages.range_test_rules import (
@@ -145,7 +146,6 @@ class LRFinderPerStage(StageCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forgets the results of an earlier fit; those of a checkpoint are loaded after this."""
-        super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.results = {}
 
@@ -182,8 +182,7 @@ class LRFinderPerStage(StageCallback):
         elif self.apply:
             optimizer = trainer.optimizers[0]
             for group, ratio in zip(optimizer.param_groups, _peak_ratios(optimizer), strict=True):
-                group["peak_lr"] = result.suggestion * ratio
-                set_lr(group, group["peak_lr"])
+                set_peak_lr(group, result.suggestion * ratio)
             rank_zero_info(f"stage {stage.name!r}: learning rate {result.suggestion:.3g} by range test ({self.method})")
 
     def range_test(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> RangeTest:
@@ -252,7 +251,7 @@ class LRFinderPerStage(StageCallback):
 
 def _peak_ratios(optimizer: torch.optim.Optimizer) -> list[float]:
     """Peak of each param group over the highest; 0 for a frozen group."""
-    peaks = [float(group.get("peak_lr", group["lr"])) for group in optimizer.param_groups]
+    peaks = [peak_lr(group) for group in optimizer.param_groups]
     highest = max(peaks)
     return [peak / highest if highest > 0 else 1.0 for peak in peaks]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 from torchmetrics import Metric
 
-from lightning_unfreeze.callbacks.base import StageCallback, StageRun, leader
+from lightning_unfreeze.callbacks.base import StageCallback, StageRun, conductor
 from lightning_unfreeze.data.datasets import transform_of, with_transform
 from lightning_unfreeze.features.batch_form import BatchForm, NoStoreError
 from lightning_unfreeze.features.fill import FeaturePass, StoredData, together
@@ -118,7 +118,6 @@ class PrecomputeFeatures(StageCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Asks to be asked for the loaders; says what a lower precision costs."""
-        super().setup(trainer, pl_module, stage)
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._decided = {}
@@ -137,7 +136,7 @@ class PrecomputeFeatures(StageCallback):
         # `configure_optimizers` may ask for the number of steps before anything is set up
         if trainer.sanity_checking or not trainer.optimizers:
             return make()
-        head = leader(trainer)
+        head = conductor(trainer)
         run = head.enter_stage(trainer)
         if self._stage_index != run.index:
             self._leave_stage()
@@ -306,8 +305,7 @@ class PrecomputeFeatures(StageCallback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Chooses the view of the epoch."""
-        super().on_train_epoch_start(trainer, pl_module)
-        self._choose_view(trainer, leader(trainer).current_run(trainer))
+        self._choose_view(trainer, conductor(trainer).current_run(trainer))
 
     def around_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any
@@ -319,7 +317,6 @@ class PrecomputeFeatures(StageCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Opens the shortcut, for the step and its backward."""
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._open("train", batch)
 
     def on_train_batch_end(
@@ -349,7 +346,7 @@ class PrecomputeFeatures(StageCallback):
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Has the validation loader asked for again: the sanity check ran on images."""
-        run = leader(trainer).current_run(trainer)
+        run = conductor(trainer).current_run(trainer)
         if self._sources and (run.stage.precompute or not run.planned):
             _ask_for_loaders_again(trainer)
 
@@ -375,7 +372,6 @@ class PrecomputeFeatures(StageCallback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leaves nothing on the network and on the Trainer."""
-        super().teardown(trainer, pl_module, stage)
         self._detach()
 
     def _check_frozen_part(self, stage: Stage) -> None:

@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningR
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_unfreeze.callbacks.base import StageCallback, set_lr
+from lightning_unfreeze.callbacks.base import StageCallback
+from lightning_unfreeze.layers.param_groups import scale_lr
 from lightning_unfreeze.reporting import is_due_to_log, report_dir
 from lightning_unfreeze.stages.plan import Stage, as_fraction, cycles_sum
 from lightning_unfreeze.stages.schedules import (
@@ -125,7 +126,6 @@ class CosineRestarts(StageCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuses a second writer of the rates; forgets an earlier fit (a checkpoint's state is loaded after this)."""
-        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         self.snapshots, self.cycle_values, self._best_weights, self._value = [], {}, None, None
@@ -246,8 +246,7 @@ class CosineRestarts(StageCallback):
         multiplier = self._factor[1]
         momentum = None if self.momentum is None else cycling_momentum(multiplier, *self.momentum)
         for group in trainer.optimizers[0].param_groups:
-            # a group that was added late has its own rate as its peak
-            set_lr(group, group.setdefault("peak_lr", float(group["lr"])) * multiplier)
+            scale_lr(group, multiplier)
             if momentum is not None and "betas" in group:
                 group["betas"] = (momentum, *group["betas"][1:])
             elif momentum is not None:
@@ -257,7 +256,6 @@ class CosineRestarts(StageCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Writes the rates of the step that this batch belongs to."""
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._write(trainer)
 
     def on_train_batch_end(
@@ -396,7 +394,6 @@ class CosineRestarts(StageCallback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leaves the module's `forward` as it was, also after an error."""
-        super().teardown(trainer, pl_module, stage)
         if self.ensemble and stage == "test":
             vars(pl_module).pop("forward", None)
 

@@ -169,7 +169,6 @@ class TTAEval(StageCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """For random views, puts a `DrawingLoader` around each evaluation loader as Lightning gets it ready."""
-        super().setup(trainer, pl_module, stage)
         place = [other for other in trainer.callbacks if isinstance(other, TTAEval)].index(self)  # type: ignore[attr-defined]
         self._word, self._is_first = f"tta_{place + 1}" if place else "tta", place == 0
         self._pictures, self._kept, self._failure, self._tried, self._found_at = {}, None, None, False, -1
@@ -284,7 +283,6 @@ class TTAEval(StageCallback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leaves nothing behind on the module and the strategy."""
-        super().teardown(trainer, pl_module, stage)
         self._stop(pl_module)
         self._kept = None
         vars(trainer.strategy).pop("process_dataloader", None)

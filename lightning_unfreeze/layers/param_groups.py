@@ -1,4 +1,12 @@
-"""The optimizer's param groups, split by layer group, and the rate that each of them gets."""
+"""The optimizer's param groups, split by layer group, and the rates of each: the only place that knows their keys.
+
+| key of a param group | what it is |
+|---|---|
+| `layer_group` | name of the layer group that its parameters are in |
+| `given_lr` | rate that `configure_optimizers` gave it |
+| `peak_lr` | rate that the stage gives it, before any schedule |
+| `planned_lr` | rate that was written last by this package; `lr` differs where somebody else wrote |
+"""
 
 from __future__ import annotations
 
@@ -9,6 +17,10 @@ from typing import Any
 import torch
 
 from lightning_unfreeze.layers.groups import LayerGroup
+
+_SCHEDULERS_LISTS_PER_GROUP = frozenset(
+    {"base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums", "base_values"}
+)
 
 
 def rate_ratios(
@@ -41,6 +53,99 @@ def rate_ratios(
             "give one per group, input first, or one number"
         )
     return dict(zip(groups, lr_mult, strict=True))
+
+
+def layer_group_of(group: Mapping[str, Any]) -> str:
+    """The layer group of a param group that was split."""
+    return str(group["layer_group"])
+
+
+def given_lr(group: Mapping[str, Any]) -> float:
+    """The rate that `configure_optimizers` gave a param group."""
+    return float(group["given_lr"])
+
+
+def own_ratios(param_groups: Sequence[Mapping[str, Any]], last: str) -> list[float]:
+    """The given rate of each param group over the highest of the last layer group: the ratios that the user chose.
+
+    >>> groups = [{"layer_group": "stem", "given_lr": 0.01}, {"layer_group": "head", "given_lr": 0.1}]
+    >>> own_ratios(groups, "head")
+    [0.1, 1.0]
+    """
+    reference = max((given_lr(group) for group in param_groups if layer_group_of(group) == last), default=0.0)
+    return [given_lr(group) / reference if reference > 0 else 1.0 for group in param_groups]
+
+
+def peak_lr(group: Mapping[str, Any]) -> float:
+    """The rate that the stage gives a param group; its own where no stage gave one."""
+    return float(group.get("peak_lr", group["lr"]))
+
+
+def set_peak_lr(group: dict[str, Any], rate: float) -> None:
+    """Gives a param group the peak of a stage, and writes it."""
+    group["peak_lr"] = rate
+    set_lr(group, rate)
+
+
+def scale_lr(group: dict[str, Any], multiplier: float) -> None:
+    """Writes a multiple of the peak; a param group that was added late has its own rate as its peak."""
+    group["peak_lr"] = peak_lr(group)
+    set_lr(group, group["peak_lr"] * multiplier)
+
+
+def set_lr(group: dict[str, Any], rate: float) -> None:
+    """Writes the rate of a param group; into a tensor in place, since a compiled optimizer holds it."""
+    group["planned_lr"] = rate
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
+def trained_rates(param_groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The rate in force of each layer group that trains."""
+    rates: dict[str, float] = {}
+    for group in param_groups:
+        if any(parameter.requires_grad for parameter in group["params"]):
+            rates.setdefault(layer_group_of(group), float(group["lr"]))
+    return rates
+
+
+def split_optimizer(
+    optimizer: torch.optim.Optimizer, groups: Mapping[str, LayerGroup], schedulers: Sequence[Any] = ()
+) -> None:
+    """Splits the param groups of an optimizer by layer group, in place, and notes the rates that they were given.
+
+    Schedulers that go on are widened with them: what was added follows the first param group. An optimizer that was
+    split before (it served an earlier fit) stays as it is.
+    """
+    if "layer_group" in optimizer.param_groups[0]:
+        return
+    before = list(optimizer.param_groups)
+    after, parents = split_param_groups(before, groups, optimizer.defaults)
+    for group, parent in zip(after, parents, strict=True):
+        group["given_lr"] = float(group["lr"])
+        if schedulers and parent == len(before):
+            scheduled = {k: v for k, v in before[0].items() if k in ("lr", "momentum", "betas") or k not in group}
+            group.update(scheduled)
+    # in place: Lightning's wrapper and the schedulers hold the same list
+    optimizer.param_groups[:] = after
+    for scheduler in schedulers:
+        _widen(scheduler, len(before), parents)
+
+
+def _widen(scheduler: Any, num_before: int, parents: Sequence[int]) -> None:
+    """Repeats a scheduler's per-group lists after param groups were split.
+
+    torch's and timm's schedulers keep one entry per param group and have no public way to add one; guarded by
+    `test_unfreeze__a_scheduler_that_does_not_fight_gives_the_same_rates` (torch 2.6 to 2.15).
+    """
+    for part in getattr(scheduler, "_schedulers", ()):  # of SequentialLR and ChainedScheduler
+        _widen(part, num_before, parents)
+    for name in _SCHEDULERS_LISTS_PER_GROUP & vars(scheduler).keys():
+        value = getattr(scheduler, name)
+        if isinstance(value, list) and len(value) == num_before:
+            setattr(scheduler, name, [value[parent] if parent < num_before else value[0] for parent in parents])
 
 
 def split_param_groups(

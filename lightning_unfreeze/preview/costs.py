@@ -17,9 +17,9 @@ from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.features.shortcut import seconds
 from lightning_unfreeze.inside_lightning.sandbox import sandbox
 from lightning_unfreeze.inside_lightning.steps import batch_on_device, training_loss
-from lightning_unfreeze.layers.freezing import select
-from lightning_unfreeze.layers.param_groups import rate_ratios
+from lightning_unfreeze.layers.param_groups import given_lr, layer_group_of
 from lightning_unfreeze.stages.plan import Stage
+from lightning_unfreeze.stages.progress import Progress
 
 
 def _convolution_backward_flops(
@@ -75,7 +75,7 @@ class Probe(GradualUnfreeze):
     """
 
     def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        conductors = [player for player in players(trainer) if isinstance(player, GradualUnfreeze)]
+        conductors = [each for each in trainer.callbacks if isinstance(each, GradualUnfreeze)]  # type: ignore[attr-defined]
         if not conductors:
             raise MisconfigurationException("there is no plan: add GradualUnfreeze(stages) to trainer.callbacks")
         conductors[0].setup(trainer, pl_module, "fit")
@@ -108,8 +108,13 @@ class Probe(GradualUnfreeze):
 
     def enter(self, trainer: pl.Trainer, stage: Stage) -> StageRun:
         """Freezes and unfreezes as at the start of `stage`, whichever came before."""
-        self._index, self._entered = self.stages.index(stage), None
+        self.progress = Progress(self.stages.index(stage), seed=self.progress.seed)
         return self.enter_stage(trainer)
+
+    def preflight(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Asks the user's players, with the trainer that the module is attached to."""
+        for player in players(self.user_trainer):
+            player.preflight(trainer, pl_module, self.stages)
 
     def _check_needs(self, trainer: pl.Trainer) -> None:
         """The players are the original trainer's, and were checked there."""
@@ -140,14 +145,14 @@ class _PlanProbe(Probe):
     ) -> dict[str, Any]:
         self.enter(trainer, stage)
         self._put_frozen_in_eval_mode()
-        trained = select(self.groups, stage.train)
+        trained = self.trained(stage)
         with sandbox(trainer, pl_module):
             step_flops, frozen_flops, step_seconds = self._measure(trainer, pl_module, batch)
         share = frozen_flops / step_flops if stage.precompute and step_flops else 0.0
         # a stored stage runs the frozen part once for every image, and only the rest on every epoch
         passes = stage.num_epochs * (1 - share) + share
-        ratios = rate_ratios(list(self.groups), stage.lr_mult, stage.lr_span)
-        given = {group["layer_group"]: group["given_lr"] for group in trainer.optimizers[0].param_groups}
+        ratios = self.ratios(stage)
+        given = {layer_group_of(group): given_lr(group) for group in trainer.optimizers[0].param_groups}
         rates = [_rate(stage, given[name], ratios[name]) for name in (trained[0], trained[-1])]
         return {
             "stage": stage.name,

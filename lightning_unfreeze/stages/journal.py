@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_unfreeze.layers.param_groups import trained_rates
 from lightning_unfreeze.reporting import is_due_to_log, plot_stages, report_dir, save_figure, show, table_of, write_csv
 
 _CURVE_POINTS_PER_EPOCH = 50
@@ -33,10 +34,7 @@ class StageJournal:
         to_log = is_due_to_log(trainer)
         if batch_idx % every and not to_log:
             return
-        rates: dict[str, float] = {}
-        for group in trainer.optimizers[0].param_groups:
-            if any(parameter.requires_grad for parameter in group["params"]):
-                rates.setdefault(group["layer_group"], float(group["lr"]))
+        rates = trained_rates(trainer.optimizers[0].param_groups)
         if batch_idx % every == 0:
             self._rates.append((step, rates))
         if to_log:

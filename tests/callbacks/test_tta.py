@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torchvision.transforms import v2
 
 from lightning_unfreeze.callbacks import tta as tta_module
-from lightning_unfreeze.callbacks.base import StageCallback, StageRun
+from lightning_unfreeze.callbacks.base import Conductor, StageCallback, StageRun
 from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.tta import TTAEval, merge_views
 from lightning_unfreeze.seeding import keyed_rng
@@ -568,12 +568,11 @@ class Recorder(pl.Callback):
             self.results[trainer.current_epoch] = result
 
 
-class Conductor(StageCallback):
+class PlanWithoutFreezing(Conductor):
     """Stands in for the owner of a plan: announces the stages at their first epochs."""
 
-    order = 0
-
     def __init__(self, stages: list[Stage]) -> None:
+        super().__init__()
         self.stages = stages
 
     def current_run(self, trainer: pl.Trainer) -> StageRun:
@@ -583,6 +582,10 @@ class Conductor(StageCallback):
                 return StageRun(index, stage, start, 0)
             start += stage.num_epochs
         raise AssertionError("past the plan")
+
+    def finish_stage(self, trainer: pl.Trainer, pl_module: Any, *, asked_to: bool, next_epoch: int) -> None:
+        super().finish_stage(trainer, pl_module, asked_to=asked_to, next_epoch=next_epoch)
+        self.progress = self.progress.next(next_epoch, trainer.global_step)
 
 
 @pytest.mark.parametrize(
@@ -604,7 +607,7 @@ class Conductor(StageCallback):
 def test_tta__during_fit_runs_where_it_was_asked_to(every: Any, stages: Any, expected: list[int]) -> None:
     tta = TTAEval(every=every, figure=False)
     recorder = Recorder(tta)
-    callbacks = [tta, recorder, *([] if stages is None else [Conductor(stages)])]
+    callbacks = [tta, recorder, *([] if stages is None else [PlanWithoutFreezing(stages)])]
     loader = load(*images_and_targets(8))
     trainer_with(*callbacks, max_epochs=6, num_sanity_val_steps=1).fit(Module(), loader, loader)
     assert list(recorder.results) == expected
@@ -738,7 +741,7 @@ def test_tta__draws_once_in_a_stage_a_validation_and_a_test(
     monkeypatch.setattr(tta_module, "save_figure", lambda *_: None)
     tta, loader = TTAEval(every=1), load(*images_and_targets())
     recorder = Recorder(tta)
-    callbacks = [tta, recorder, StopsAfter(epoch=4), *([] if stages is None else [Conductor(stages)])]
+    callbacks = [tta, recorder, StopsAfter(epoch=4), *([] if stages is None else [PlanWithoutFreezing(stages)])]
     trainer = trainer_with(*callbacks, max_epochs=12)
     trainer.fit(Module(), loader, loader)
     assert list(recorder.results) == ([0, 1, 3, 4] if stages else [0, 1, 2, 3, 4])

@@ -79,7 +79,6 @@ class WritesDown(StageCallback):
             self.metrics[stage.name] = tta_metrics(trainer.callback_metrics)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_epoch_end(trainer, pl_module)
         if self.run is not None and not self.run.planned:
             self.differences[str(trainer.current_epoch)] = ranks_differ_by(pl_module)
 
@@ -93,7 +92,6 @@ class WritesDown(StageCallback):
             counts.clear()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_end(trainer, pl_module)
         self.differences["end"] = ranks_differ_by(pl_module)
         reduced = {name: sorted(sizes) for name, sizes in self.reduced.items()}
         seen = {"differences": self.differences, "reduced": reduced, "rates": self.rates, "metrics": self.metrics}

@@ -29,6 +29,7 @@ from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.tta import TTAEval
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.features.serve import FeatureDataset
+from lightning_unfreeze.layers.param_groups import layer_group_of
 from lightning_unfreeze.seeding import keyed_rng
 from lightning_unfreeze.stages.plan import Stage
 from lightning_unfreeze.study.design.arms import Arm, BatchNormPolicy
@@ -303,7 +304,6 @@ class RunRecorder(StageCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Keeps the rates a few times an epoch."""
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         every = max(1, self.costs.num_batches // _RATES_PER_EPOCH)
         if batch_idx % every:
             return
@@ -311,7 +311,7 @@ class RunRecorder(StageCallback):
         found: dict[str, float] = {}
         for group in trainer.optimizers[0].param_groups:
             if group["lr"] > 0:
-                found.setdefault(group["layer_group"], float(group["lr"]))
+                found.setdefault(layer_group_of(group), float(group["lr"]))
         for name, rate in found.items():
             self.rates.setdefault(name, []).append((epoch, rate))
 
