@@ -479,12 +479,13 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     torch.set_float32_matmul_precision("high")
     card = torch.cuda.get_device_name() if CUDA else f"not run on a card: {platform.machine()}, a check at small sizes"
+    versions = f"torch {torch.__version__}, lightning {pl.__version__}, timm {timm.__version__}"
     lines = [
         "# On a card",
         "",
-        f"`benchmarks/gpu.py{' --small' if small else ''}`: {card}; torch {torch.__version__}, lightning "
-        f"{pl.__version__}, timm {timm.__version__}; {precision()}, {options.images} drawn images of "
-        f"{options.px} px, random weights, {options.workers} workers; medians of {options.rounds} rounds or of the epochs after the first.",
+        f"`benchmarks/gpu.py{' --small' if small else ''}`: {card}; {versions}; {precision()}, {options.images} drawn "
+        f"images of {options.px} px, random weights, {options.workers} workers; medians of {options.rounds} rounds or of "
+        "the epochs after the first.",
     ]
     for name in options.only:
         start = time.perf_counter()
