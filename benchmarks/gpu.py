@@ -484,8 +484,8 @@ def main() -> None:
         "# On a card",
         "",
         f"`benchmarks/gpu.py{' --small' if small else ''}`: {card}; {versions}; {precision()}, {options.images} drawn "
-        f"images of {options.px} px, random weights, {options.workers} workers; medians of {options.rounds} rounds or of "
-        "the epochs after the first.",
+        f"images of {options.px} px, random weights, {options.workers} workers; medians of {options.rounds} rounds or "
+        "of the epochs after the first.",
     ]
     for name in options.only:
         start = time.perf_counter()
