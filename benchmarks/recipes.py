@@ -6,8 +6,8 @@
 
 `DATA` holds sets of photos with `train/`, `val/` and perhaps `test/`, and `weights/`. Every arm sees each training
 image twelve times at most (nine_steps and fine_tune may end earlier), with the same augmentation, transform and seeds;
-what an arm chooses (rates, weights along the path) it chooses by validation. Test images are read once, at the end; sets
-without any are scored on validation images, which the table says.
+what an arm chooses (rates, weights along the path) it chooses by validation. Test images are read once, at the end;
+sets without any are scored on validation images, which the table says.
 
 * `nine_steps`, `fine_tune`: this package's recipes at their defaults.
 * `adamw`, `sgd`: everything from the first step, one cosine; the rate is the best of three by validation accuracy.
@@ -360,7 +360,7 @@ def report(rows: list[Job]) -> list[str]:
     on = sorted({row["on"] for row in rows})
     lines = [
         f"{len(rows)} runs, seeds {seeds}; {', '.join(on)}; {sorted({row['px'] for row in rows})} px, {EPOCHS} epochs "
-        "of images, batch 32. Accuracy in percent, mean over the seeds; * scored on validation images (no test images).",
+        "of images, batch 32. Accuracy in percent, mean over the seeds; * scored on validation images (no others).",
         "",
         "| set, backbone, images a class | " + " | ".join(arms) + " |",
         "|---" * (len(arms) + 1) + "|",
