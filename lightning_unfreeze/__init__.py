@@ -7,12 +7,13 @@
 | 3 | train the head on the stored activations | a `Stage` with `precompute=True` |
 | 4 | train the head on augmented images, cosine, `cycle_len=1` | `CosineRestarts` |
 | 5 | unfreeze, all at once or layer group by layer group | `GradualUnfreeze` |
-| 6 | give earlier layer groups 3x-10x lower rates | `lr_mult` of a `Stage` |
+| 6 | give earlier layer groups 3x-10x lower rates | `lr_span` of a `Stage` |
 | 7 | find the learning rate again, with those ratios | `LRFinderPerStage` |
 | 8 | cosine restarts, `cycle_mult=2`, until over-fitting | `CosineRestarts`, `until="overfit"` |
 | 9 | test-time augmentation | `TTAEval` |
 
-`nine_steps()` gives the callbacks of the whole recipe. Names are imported when they are first used.
+`nine_steps()` gives the callbacks of the whole recipe, `fine_tune(epochs)` those of a short one. Names are imported
+when they are first used.
 """
 
 from importlib import import_module
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from lightning_unfreeze.data.modules import ImageFolderData as ImageFolderData
     from lightning_unfreeze.layers.groups import layer_groups as layer_groups
     from lightning_unfreeze.module import TransferClassifier as TransferClassifier
+    from lightning_unfreeze.recipe import fine_tune as fine_tune
     from lightning_unfreeze.recipe import nine_steps as nine_steps
     from lightning_unfreeze.stages.plan import Stage as Stage
 
@@ -45,6 +47,7 @@ _ROOM_OF = {
     "StageCallback": "callbacks.base",
     "TTAEval": "callbacks.tta",
     "TransferClassifier": "module",
+    "fine_tune": "recipe",
     "layer_groups": "layers.groups",
     "nine_steps": "recipe",
 }

@@ -34,7 +34,7 @@ class CosineRestarts(StageCallback):
     """Writes `lr = peak_lr * multiplier(step)` before each optimizer step; a pure function of stage and step.
 
     Sole writer of the `lr` of the param groups during a stage. The peak of a group (`param_group["peak_lr"]`) is that
-    of the stage's `lr` and `lr_mult`, of the range test, or, without stages, of the optimizer. A stage without
+    of the stage's `lr` and `lr_span`, of the range test, or, without stages, of the optimizer. A stage without
     `cycle_len` keeps its rates constant, as fast.ai's `fit` did. Cycles are counted in optimizer steps with fractions,
     so restarts are exact (SGDR, Loshchilov & Hutter 2017, section 3); every stage starts anew at its peak. The last
     cycle of a stage is stretched to the end of its epoch where the cycles end inside one.
