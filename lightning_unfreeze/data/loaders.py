@@ -177,6 +177,13 @@ class EpochBatchSampler(EpochSampler):
     def __iter__(self) -> Iterator[list[int]]:
         yield from BatchSampler(super().__iter__(), self.batch_size, self.drop_last_batch)
 
+    def batches(self, device: torch.device | None = None) -> Iterator[torch.Tensor]:
+        """The same batches as tensors `(B,)` of plain indices, on a device: no Python number per sample."""
+        first, self.first_sample = self.first_sample, 0
+        for batch in torch.split(self.order()[first:].to(device or "cpu"), self.batch_size):
+            if len(batch) == self.batch_size or (len(batch) and not self.drop_last_batch):
+                yield batch
+
     def __len__(self) -> int:
         num_batches = super().__len__() / self.batch_size
         return math.floor(num_batches) if self.drop_last_batch else math.ceil(num_batches)
@@ -235,9 +242,13 @@ class ResumableLoader(DataLoader[Any]):
             size = sampler.batch_size if isinstance(sampler, EpochBatchSampler) else self.batch_size
             sampler.first_sample = self._batches * (size or 1)
             self.generator.manual_seed(key_to_seed("workers", sampler.seed, sampler.epoch, sampler.rank))
-        for batch in super().__iter__():
+        for batch in self.read():
             self._batches += 1
             yield batch
+
+    def read(self) -> Iterator[Any]:
+        """The batches of this epoch from the present position; for subclasses that read in a way of their own."""
+        return super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
         """Position: the epoch, the batches handed out in it and their number in a whole epoch."""

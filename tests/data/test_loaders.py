@@ -287,3 +287,16 @@ def test_resumable_loader__trainer_resumed_at_any_step_ends_bitwise_equal(
         assert same(resumed.seen, whole.seen[step:]), name
         for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("first", [0, 4])
+@pytest.mark.parametrize("num", [0, 3, 8, 9])
+def test_epoch_batch_sampler__batches_are_its_lists_as_tensors(num, first, drop_last):
+    sampler = EpochBatchSampler(range(num), 4, seed=1, drop_last=drop_last)
+    sampler.set_epoch(2)
+    sampler.first_sample = first
+    lists = list(sampler)
+    sampler.first_sample = first
+    assert [batch.tolist() for batch in sampler.batches()] == lists
+    assert sampler.first_sample == 0
