@@ -26,9 +26,10 @@ SPLIT_OF = {alias: split for split, aliases in ALIASES.items() for alias in alia
 
 IGNORED = (
     *(".*", "__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"),
-    *("thumbs.db", "desktop.ini", "__pycache__", "lightning_logs"),
+    *("thumbs.db", "desktop.ini", "__pycache__"),
+    *("lightning_logs", "checkpoints", "feature_store", "image_cache", "wandb", "mlruns"),
 )
-"""Patterns of names that never count, at any level: what systems, viewers and Lightning itself leave in folders."""
+"""Patterns of names that never count, at any level: what systems, viewers and runs leave in folders."""
 
 _NO_PHOTOS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}  # Pillow knows them, but decodes none by itself
 
@@ -113,9 +114,7 @@ def photos_below(folder: Path, rules: Rules) -> Listing:
     """All photos in a folder and its sub-folders, in order of their names; links are followed, loops are not."""
     files: list[Path] = []
     left_out: Counter[str] = Counter()
-    # a link to a folder above is a loop, also where it leads out of `folder`
-    above = frozenset(_identity(parent) for parent in folder.resolve().parents)
-    stack = [(folder, above)]
+    stack = [(folder, _above(folder))]
     while stack:
         here, ancestors = stack.pop()
         identity = _identity(here)
@@ -129,6 +128,12 @@ def photos_below(folder: Path, rules: Rules) -> Listing:
             else:
                 left_out[os.path.splitext(entry.name)[1].lower() or "without ending"] += 1
     return Listing(sorted(files), left_out)
+
+
+def _above(folder: Path) -> frozenset[tuple[int, int]]:
+    """The folders above one, by either way if it is a link: a link to one of them is a loop."""
+    parents = {*folder.absolute().parents, *folder.resolve().parents}
+    return frozenset(_identity(parent) for parent in parents)
 
 
 def _identity(folder: Path) -> tuple[int, int]:
@@ -267,8 +272,9 @@ def _split_folders(root: Path, rules: Rules, classes: Sequence[str] | None) -> d
 def _class_folders(folder: Path, rules: Rules, root: Path, classes: Sequence[str] | None) -> dict[str, list[Path]]:
     """The folders of each class; names that are one text in two forms of Unicode are one class."""
     found: dict[str, list[Path]] = {}
+    loops = _above(folder) | {_identity(folder)}
     for entry in rules.entries(folder):
-        if entry.is_dir():
+        if entry.is_dir() and not (entry.is_symlink() and _identity(Path(entry.path)) in loops):
             found.setdefault(plain(entry.name), []).append(Path(entry.path))
     alike: dict[str, list[str]] = {}
     for name in found:

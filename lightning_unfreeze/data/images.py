@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,7 +90,8 @@ class Reading:
 
     def open(self, path: Path) -> Image.Image:
         """The header of a file, whatever its number of pixels up to `max_pixels`."""
-        with _OPENING:
+        with _OPENING, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged EXIF, which is no reason to stop
             limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
             try:
                 image = Image.open(path)

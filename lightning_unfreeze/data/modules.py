@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from PIL import ImageColor
 
-from lightning_unfreeze.data.base import ClassificationData, check_choice
+from lightning_unfreeze.data.base import ClassificationData, check_choice, check_least
 from lightning_unfreeze.data.broken import broken_among
 from lightning_unfreeze.data.cache import DecodedImages
 from lightning_unfreeze.data.folders import Found, Photo, Rules, find_in_folders, photos_below, readable_endings, some
@@ -109,6 +110,11 @@ class ImageFolderData(ClassificationData):
         check_choice("corrupt", corrupt, Literal["error", "skip"])
         if cache is not None:
             check_choice("cache", cache, Literal["ram", "disk"])
+        if background is not None:
+            ImageColor.getrgb(background)  # a ValueError that names the colour
+        if value_range is not None and not value_range[0] < value_range[1]:
+            raise ValueError(f"value_range={value_range}: give the value of black and a larger one of white.")
+        check_least(max_pixels=(max_pixels, 1))
         if classes is not None and (len(set(classes)) != len(classes) or len(classes) < 2):
             raise ValueError(f"classes={classes}: give two or more different names, or none for all.")
         self.root, self.val_fraction, self.corrupt, self.predict_dir = root, val_fraction, corrupt, predict_dir

@@ -125,9 +125,9 @@ def find_in_tables(
     if not rows:
         raise MisconfigurationException(f"{source} has no rows.")
     there = list(rows[0][2])
-    named = _columns(source, there, columns or {}, group_column)
+    named, known = _columns(source, there, columns or {}, group_column)
     cells = [[_text(row.get(column)) for column in named["label"]] for _, _, row in rows]
-    if len(named["label"]) > 1 and "label" not in (columns or {}) and not _are_yes_no(cells):
+    if named["label"] and named["label"][0] not in known and not _are_labels(cells):
         named["label"] = []
     if not named["file"] or not named["label"]:
         if columns or group_column:
@@ -214,7 +214,8 @@ def _found(
 
 def _columns(
     source: Path, there: list[str], given: Mapping[str, str | Sequence[str]], group_column: str | None
-) -> dict[str, list[str]]:
+) -> tuple[dict[str, list[str]], list[str]]:
+    """The columns of each role; and all that are named by the user or by custom, the rest being tried for labels."""
     unknown = sorted(given.keys() - COLUMNS.keys())
     if unknown:
         raise MisconfigurationException(f"columns has {some(unknown)}: give file, label or split.")
@@ -230,10 +231,11 @@ def _columns(
     wrong += [group_column] if group_column and group_column not in there else []
     if wrong:
         raise MisconfigurationException(f"{source} has no column {some(wrong)}; it has {', '.join(there)}.")
+    known = [name for names in named.values() for name in names]
     if not named["label"] and "label" not in given:
         taken = {*named["file"], *named["split"], group_column}
         named["label"] = [column for column in there if column not in taken]
-    return named
+    return named, known
 
 
 def _labels(
@@ -254,6 +256,11 @@ def _labels(
         split = [[plain(name.strip()) for name in text.split(separator) if name.strip()] for text in texts]
         return split, many if many is not None else True
     return [[plain(name)] if name else [] for name in _class_names(source, columns[0], texts)], bool(many)
+
+
+def _are_labels(cells: list[list[str]]) -> bool:
+    """Whether columns of unknown names can be labels: zeros and ones, or one column of words that come again."""
+    return _are_yes_no(cells) or (len(cells[0]) == 1 and 2 * len({row[0] for row in cells}) <= len(cells))
 
 
 def _are_yes_no(cells: list[list[str]]) -> bool:
