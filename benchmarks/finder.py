@@ -1,20 +1,25 @@
-"""Which rule reads a range test best? Each rule's rate against a grid of fixed rates, on real photos and real weights.
+"""Does a range test always answer, and how good is the rate that it gives? On real photos and real weights.
 
-Per seed: train a new head on frozen features, run the range test of the full stage with `lr_mult=1/3`, then train the
-full network for a short fixed budget (one cosine cycle) at every rate of the grid, always from the same weights. The
-measure is validation accuracy and loss after the budget; for a suggestion it is interpolated (linearly, over the
-logarithm of the rate) between the two grid rates around it.
+A cell is a data set, a backbone, a batch size, a stage ("head" on stored features, "full" with the head solved before
+it) and a seed. In each cell the range test of `LRFinderPerStage` runs as in a fit, and the stage is trained from the
+same weights for a short budget (one cosine) at every rate of a grid. A suggestion is scored by the accuracy at its
+rate, interpolated over the logarithm of the rate between the grid rates around it, and compared with the grid's best.
 
-    python benchmarks/finder.py DATA/monkeys10 --weights DATA/weights/mobilenetv2_035.keras_in1k.safetensors
+    python benchmarks/finder.py DATA --out runs/finder        # measures the cells that the folder lacks, then reports
+    python benchmarks/finder.py DATA --out runs/finder --report   # only reads the curves again, with today's rules
+
+Curves and accuracies are kept one JSON file a cell, so that it goes on where it was, on any machine; rules are chosen
+on monkeys10 and rsscn7, and confirmed on flowers5.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import logging
-import time
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,210 +29,255 @@ import numpy as np
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage, RangeTest
-from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
-from lightning_unfreeze.stages import schedules as schedules
+from lightning_unfreeze.features.solve import solve_head
+from lightning_unfreeze.layers.groups import layer_groups
+from lightning_unfreeze.layers.param_groups import rate_ratios
 from lightning_unfreeze.stages.plan import Stage
 
-LR_MULT = 1 / 3
+SPAN = 1 / 9
+CHOSEN_ON, CONFIRMED_ON = ("monkeys10", "rsscn7"), ("flowers5",)
+WEIGHTS = {
+    "mobilenetv2_035": ("mobilenetv2_035.keras_in1k.safetensors", {"pad_type": "same", "bn_eps": 1e-3}),
+    "tf_efficientnet_lite0": ("tf_efficientnet_lite0.in1k.fp16.safetensors", {}),
+}
+GRID = {"head": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), "full": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}
 
 
-class Photos(pl.LightningModule):
-    """MobileNetV2 on images that are already in memory as bytes; flips are the only augmentation."""
+class Network(pl.LightningModule):
+    """A network on images in memory as bytes, or a head on features; flips are the only augmentation."""
 
-    def __init__(self, model: nn.Module, optimizer: str, batch_norm: str) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.model, self.optimizer, self.batch_norm = model, optimizer, batch_norm
+        self.network = network
+
+    def loss(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        if inputs.dtype == torch.uint8:
+            flip = torch.rand(len(inputs), device=inputs.device) < 0.5
+            inputs = scaled(torch.where(flip[:, None, None, None], inputs.flip(-1), inputs))
+        return F.cross_entropy(self.network(inputs), labels)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, labels = batch
-        if self.batch_norm == "eval":
-            for module in self.model.modules():
-                module.training &= not isinstance(module, nn.BatchNorm2d)
-        flip = torch.rand(len(images)) < 0.5
-        images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-        return nn.functional.cross_entropy(self.model(scaled(images)), labels)
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        images, labels = batch
-        logits = self.model(scaled(images))
-        self.log("val_loss", nn.functional.cross_entropy(logits, labels), batch_size=len(labels))
-        self.log("val_acc", (logits.argmax(1) == labels).float().mean(), batch_size=len(labels))
+        return self.loss(*batch)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        if self.optimizer == "sgd":
-            return torch.optim.SGD(self.parameters(), lr=1e-2, momentum=0.9)
         return torch.optim.AdamW(self.parameters(), lr=1e-3, weight_decay=1e-2)
 
 
+class NotTrained(pl.Callback):
+    """Ends the fit after the range test."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        raise KeyboardInterrupt
+
+
 def scaled(images: Tensor) -> Tensor:
-    return images.float() / 127.5 - 1  # mean and std 0.5, as the weights want it
+    return images.float() / 127.5 - 1  # mean and std 0.5, as these weights want it
 
 
-def tensors(folder: Path, px: int) -> TensorDataset:
-    """The whole split as bytes, decoded once and kept in the temporary folder."""
-    cache = Path("/tmp") / f"finder-{folder.parent.name}-{folder.name}-{px}.pt"
+def photos(folder: Path, px: int) -> tuple[Tensor, Tensor]:
+    """A whole split as bytes, decoded once and kept in the temporary folder."""
+    cache = Path(tempfile.gettempdir()) / f"finder-{folder.parent.name}-{folder.name}-{px}.pt"
     if not cache.is_file():
         transform = v2.Compose([v2.PILToTensor(), v2.Resize(px, antialias=True), v2.CenterCrop(px)])
         data = ImageFolder(str(folder), transform)
         torch.save((torch.stack([image for image, _ in data]), torch.tensor(data.targets)), cache)
-    return TensorDataset(*torch.load(cache))
+    images, labels = torch.load(cache)
+    return images, labels
 
 
-def with_trained_head(weights: Path, train: TensorDataset, num_classes: int, seed: int) -> nn.Module:
-    """The pretrained network with a new head, trained on features of the frozen rest."""
-    torch.manual_seed(seed)
-    model = timm.create_model(
-        "mobilenetv2_035",
-        pretrained=True,
-        pretrained_cfg_overlay={"file": str(weights), "num_classes": -1},
-        num_classes=num_classes,
-        pad_type="same",
-        bn_eps=1e-3,
+def split(options: argparse.Namespace, name: str, seed: int) -> tuple[TensorDataset, TensorDataset]:
+    """So many training images per class, drawn by the seed; the rest and the validation split are for scoring."""
+    images, labels = photos(options.data / name / "train", options.px)
+    val_images, val_labels = photos(options.data / name / "val", options.px)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    num_classes = int(labels.max()) + 1
+    per_class = options.images // num_classes
+    chosen = torch.cat([order[labels[order] == label][:per_class] for label in range(num_classes)])
+    rest = order[~torch.isin(order, chosen)]
+    scoring = torch.cat([val_images, images[rest]]), torch.cat([val_labels, labels[rest]])
+    return TensorDataset(images[chosen], labels[chosen]), TensorDataset(*(part[: options.scored] for part in scoring))
+
+
+def pretrained(options: argparse.Namespace, backbone: str, num_classes: int) -> Any:
+    file, arguments = WEIGHTS[backbone]
+    overlay = {"file": str(options.data / "weights" / file), "num_classes": -1}
+    return timm.create_model(
+        backbone, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes, **arguments
     )
-    model.eval()
-    images, labels = train.tensors
-    with torch.no_grad():
-        parts = [model.forward_head(model.forward_features(scaled(part)), pre_logits=True) for part in images.split(64)]
-        features = torch.cat(parts)
-    head = model.get_classifier()
-    head.reset_parameters()  # timm's own start for few classes is so large that a short training only undoes it
-    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
-    for _ in range(10):
-        for index in torch.randperm(len(labels)).split(32):
-            loss = nn.functional.cross_entropy(head(features[index]), labels[index])
+
+
+@torch.no_grad()
+def in_parts(function: Any, inputs: Tensor, device: torch.device) -> Tensor:
+    return torch.cat([function(part.to(device)).cpu() for part in inputs.split(128)])
+
+
+def features_of(network: Any, data: TensorDataset, device: torch.device) -> TensorDataset:
+    network.eval().to(device)
+
+    def run(images: Tensor) -> Tensor:
+        return network.forward_head(network.forward_features(scaled(images)), pre_logits=True)
+
+    return TensorDataset(in_parts(run, data.tensors[0], device), data.tensors[1])
+
+
+def accuracy(network: nn.Module, data: TensorDataset, device: torch.device) -> float:
+    network.eval()
+    inputs, labels = data.tensors
+    logits = in_parts(lambda part: network(scaled(part) if part.dtype == torch.uint8 else part), inputs, device)
+    return float((logits.argmax(1) == labels).float().mean())
+
+
+def trained(network: nn.Module, train: TensorDataset, rate: float, batch: int, epochs: int, seed: int) -> nn.Module:
+    """A copy of the network after one cosine, with the stage's ratios between layer groups."""
+    module = Network(copy.deepcopy(network)).train()
+    device = next(module.parameters()).device
+    torch.manual_seed(seed)
+    groups = layer_groups(module) if isinstance(module.network, nn.Linear) is False else {}
+    ratios = rate_ratios(list(groups), SPAN ** (1 / max(1, len(groups) - 1))) if groups else {}
+    params: Any = [{"params": list(group.parameters()), "lr": rate * ratios[name]} for name, group in groups.items()]
+    optimizer = torch.optim.AdamW(params or module.parameters(), lr=rate, weight_decay=1e-2)
+    loader = DataLoader(train, batch, shuffle=True, drop_last=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader))
+    for _ in range(epochs):
+        for inputs, labels in loader:
+            loss = module.loss(inputs.to(device), labels.to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    return model.train()
+            schedule.step()
+    return module.network
 
 
-def fit(
-    model: nn.Module, stage: Stage, callbacks: list[pl.Callback], loaders: Any, options: argparse.Namespace, seed: int
-) -> Any:
+def range_test(network: nn.Module, train: TensorDataset, batch: int, seed: int, device: torch.device) -> RangeTest:
+    """The range test as in a fit, of a stage that trains everything that is passed."""
+    finder, module = LRFinderPerStage(apply=False), Network(copy.deepcopy(network))
+    if isinstance(network, nn.Linear):
+        module.network = nn.Sequential(nn.Identity(), module.network)
+        plan = []
+    else:
+        plan = [GradualUnfreeze([Stage("full", lr="find", lr_span=SPAN, epochs=1)])]
     torch.manual_seed(seed)
     trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=-1,
-        callbacks=[GradualUnfreeze([stage]), CosineRestarts(), *callbacks],
+        accelerator=device.type,
+        devices=1,
+        max_epochs=-1 if plan else 1,
+        callbacks=[*plan, finder, NotTrained()],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        num_sanity_val_steps=0,
-        check_val_every_n_epoch=stage.num_epochs,
     )
-    trainer.fit(Photos(copy.deepcopy(model), options.optimizer, options.batch_norm), *loaders)
-    return trainer.callback_metrics
+    try:
+        trainer.fit(module, DataLoader(train, batch, shuffle=True, drop_last=True))
+    except (KeyboardInterrupt, SystemExit):
+        pass
+    (result,) = finder.results.values()
+    return result
+
+
+def measure(options: argparse.Namespace, name: str, backbone: str, batch: int, seed: int) -> dict[str, Any]:
+    device = torch.device(options.device)
+    train, scored = split(options, name, seed)
+    num_classes = int(train.tensors[1].max()) + 1
+    torch.manual_seed(seed)
+    network = pretrained(options, backbone, num_classes)
+    head = network.get_classifier()
+    head.reset_parameters()
+    cell: dict[str, Any] = {"set": name, "backbone": backbone, "batch": batch, "seed": seed, "px": options.px}
+    cell |= {"images": len(train), "scored": len(scored), "device": str(device)}
+    stored, stored_scored = (features_of(network, data, device) for data in (train, scored))
+    stages = {"head": (head, stored, stored_scored, 10), "full": (network, train, scored, options.epochs)}
+    for stage, (start, data, judged, epochs) in stages.items():
+        if stage == "full":
+            solved = solve_head(stored.tensors, None, num_classes=num_classes)
+            with torch.no_grad():
+                head.weight.copy_(solved.weight)
+                head.bias.copy_(solved.bias)
+        curve = range_test(start, data, batch, seed, device)
+        grid = {
+            f"{rate:g}": accuracy(trained(start, data, rate, batch, epochs, seed), judged, device)
+            for rate in GRID[stage]
+        }
+        cell[stage] = {"before": accuracy(start, judged, device), "grid": grid, "lrs": curve.lrs, "losses": curve.losses}
+    return cell
+
+
+def read(cell: dict[str, Any], stage: str) -> dict[str, Any]:
+    """What the rules of today read off a stored curve, and what that rate is worth."""
+    told = cell[stage]
+    curve = RangeTest(told["lrs"], told["losses"], "valley")
+    grid = {float(rate): value for rate, value in told["grid"].items()}
+    rates = sorted(grid)
+    best = max(grid, key=lambda rate: grid[rate])
+    answer = curve.answer()
+    row = {key: cell[key] for key in ("set", "backbone", "batch", "seed")} | {"stage": stage, "end": answer.end}
+    row |= {"lr": answer.rate, "best_lr": best, "best": grid[best], "before": told["before"]}
+    if answer.rate is not None:
+        row["acc"] = float(np.interp(np.log(answer.rate), np.log(rates), [grid[rate] for rate in rates]))
+    return row
+
+
+def report(cells: list[dict[str, Any]]) -> str:
+    rows = [read(cell, stage) for cell in cells for stage in ("head", "full")]
+    lines = [
+        "| set | backbone | batch | stage | before | grid's best | suggested | from the | accuracy there | points short |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: (row["stage"], row["set"], row["backbone"], row["batch"], row["seed"])):
+        answered = f"{row['lr']:.1e} | {row['end']} | {row['acc']:.3f} | {100 * (row['best'] - row['acc']):.1f}"
+        lines.append(
+            f"| {row['set']} | {row['backbone']} | {row['batch']} | {row['stage']} | {row['before']:.3f} | "
+            f"{row['best']:.3f} at {row['best_lr']:g} | {answered if row['lr'] else '- | none | - | -'} |"
+        )
+    lines.append("")
+    for names, stage in itertools.product((CHOSEN_ON, CONFIRMED_ON), ("head", "full")):
+        of = [row for row in rows if row["set"] in names and row["stage"] == stage]
+        short = [row["best"] - row["acc"] for row in of if row["lr"]]
+        if short:
+            lines.append(
+                f"* {', '.join(names)}, {stage}: {len(short)} of {len(of)} answered; within 1 point of the grid's best in "
+                f"{np.mean(np.array(short) <= 0.01):.0%}, within 2 in {np.mean(np.array(short) <= 0.02):.0%}; "
+                f"mean {100 * np.mean(short):.1f}, worst {100 * max(short):.1f} points short"
+            )
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--px", type=int, default=96)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--images", type=int, default=480, help="training images per seed, drawn anew for each")
-    parser.add_argument("--optimizer", choices=["adamw", "sgd"], default="adamw")
-    parser.add_argument("--batch-norm", choices=["train", "eval"], default="train", help="mode in the full stage")
-    parser.add_argument("--grid", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2, 3e-2])
-    parser.add_argument("--out", type=Path, default=None, help="folder for the curves and the numbers")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the cells")
+    parser.add_argument("--sets", nargs="+", default=[*CHOSEN_ON, *CONFIRMED_ON])
+    parser.add_argument("--backbones", nargs="+", default=["mobilenetv2_035"], choices=list(WEIGHTS))
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32, 64])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--px", type=int, default=64)
+    parser.add_argument("--images", type=int, default=200, help="training images, the same number per class")
+    parser.add_argument("--scored", type=int, default=400, help="at most so many other images give the accuracy")
+    parser.add_argument("--epochs", type=int, default=2, help="of the full stage")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    if options.device == "cpu":
+        torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-
-    photos, val = tensors(options.data / "train", options.px), tensors(options.data / "val", options.px)
-    num_classes = int(photos.tensors[1].max()) + 1
-    rows: list[dict[str, Any]] = []
-    for seed in range(options.seeds):
-        drawn = torch.randperm(len(photos), generator=torch.Generator().manual_seed(seed))[: options.images]
-        train = TensorDataset(*photos[drawn])
-        loaders = DataLoader(train, 16, shuffle=True, drop_last=True), DataLoader(val, 128)
-        model = with_trained_head(options.weights, train, num_classes, seed)
-        finder, measured = LRFinderPerStage(apply=False), {}
-        for rate in options.grid:
-            metrics = fit(
-                model, Stage("full", lr=rate, lr_mult=LR_MULT, cycle_len=options.epochs), [], loaders, options, seed
-            )
-            measured[rate] = {name: float(metrics[f"val_{name}"]) for name in ("acc", "loss")}
-            print(f"seed {seed}: lr {rate:.2e} {measured[rate]}", flush=True)
-            rows.append({"seed": seed, "label": f"{rate:g}", "lr": rate, **measured[rate]})
-        start = time.perf_counter()
-        fit(model, Stage("full", lr="find", lr_mult=LR_MULT, epochs=1), [finder, _Once()], loaders, options, seed)
-        result = finder.results["full"]
-        print(
-            f"seed {seed}: {len(result.lrs)} steps, {time.perf_counter() - start:.1f} s, {result.suggestions()}",
-            flush=True,
-        )
-        rows += read_by_rules(result, measured, seed)
-        if options.out:
-            options.out.mkdir(parents=True, exist_ok=True)
-            name = f"{options.data.name}-{options.optimizer}-{options.batch_norm}"
-            result.plot().savefig(options.out / f"{name}-{seed}.png", dpi=110)
-            (options.out / f"{name}-{seed}.json").write_text(json.dumps({"lrs": result.lrs, "losses": result.losses}))
-            (options.out / f"{name}.json").write_text(json.dumps(rows, indent=1))
-    print(table(rows, options.grid))
-
-
-class _Once(pl.Callback):
-    """Ends the fit before its first step: the range test is over by then."""
-
-    def on_train_batch_start(self, *_: Any) -> int:
-        return -1
-
-
-def read_by_rules(result: RangeTest, measured: dict[float, dict[str, float]], seed: int) -> list[dict[str, Any]]:
-    """What each rule reads off the curve, also where `suggest_lr` answers "no signal" (then `signal` is False)."""
-    read = slice(len(result.lrs) // 10, max(0, len(result.lrs) - 5))
-    rates, curve = np.array(result.lrs[read]), np.array(result.smoothed[read])
-    rows = []
-    for rule, suggested in result.suggestions().items():
-        try:
-            rate = schedules._RULES[rule](rates, curve)
-        except IndexError:  # a rule that finds nothing on a curve that only rises
-            continue
-        at = {name: interpolated(rate, measured, name) for name in ("acc", "loss")}
-        rows.append({"seed": seed, "label": rule, "lr": rate, "signal": suggested is not None, **at})
-    return rows
-
-
-def interpolated(rate: float, measured: dict[float, dict[str, float]], name: str) -> float:
-    rates = sorted(measured)
-    return float(np.interp(np.log(rate), np.log(rates), [measured[grid][name] for grid in rates]))
-
-
-def table(rows: list[dict[str, Any]], grid: list[float]) -> str:
-    """Markdown: mean over seeds and its standard error; regret against the rate that is best on average."""
-    labels = list(dict.fromkeys(row["label"] for row in rows))
-    of = {label: {row["seed"]: row for row in rows if row["label"] == label} for label in labels}
-    best = max((f"{rate:g}" for rate in grid), key=lambda label: np.mean([row["acc"] for row in of[label].values()]))
-    lines = [
-        f"best rate of the grid by mean accuracy: {best}",
-        "",
-        "| rate | lr, median [min, max] | accuracy, median [min, max] | val loss | minus the best's, mean (se) |",
-        "|---|---|---|---|---|",
-    ]
-    for label in labels:
-        seeds = of[label]
-        lrs, accs, losses = ([row[key] for row in seeds.values()] for key in ("lr", "acc", "loss"))
-        gaps = [row["acc"] - of[best][seed]["acc"] for seed, row in seeds.items()]
-        error = np.std(gaps, ddof=1) / len(gaps) ** 0.5 if len(gaps) > 1 else float("nan")
-        shown = [f"{middle} [{low}, {high}]" for middle, low, high in (spread(lrs, ".2g"), spread(accs, ".3f"))]
-        signals = f", signal in {sum(row['signal'] for row in seeds.values())}" if "signal" in seeds[min(seeds)] else ""
-        gap = f"{np.mean(gaps):+.3f} ({error:.3f}), n={len(gaps)}{signals}"
-        lines.append(f"| {label} | {shown[0]} | {shown[1]} | {np.mean(losses):.3f} | {gap} |")
-    return "\n".join(lines)
-
-
-def spread(values: list[float], digits: str) -> tuple[str, str, str]:
-    return format(np.median(values), digits), format(min(values), digits), format(max(values), digits)
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    options.out.mkdir(parents=True, exist_ok=True)
+    every = itertools.product(options.sets, options.backbones, options.seeds, options.batches)
+    for name, backbone, seed, batch in every if not options.report else ():
+        file = options.out / f"{name}-{backbone}-{options.px}px-b{batch}-s{seed}.json"
+        if not file.is_file():
+            cell = measure(options, name, backbone, batch, seed)
+            file.write_text(json.dumps(cell))
+            print(file.stem, {stage: cell[stage]["grid"] for stage in ("head", "full")}, flush=True)
+    print(report([json.loads(file.read_text()) for file in sorted(options.out.glob("*.json"))]))
 
 
 if __name__ == "__main__":
