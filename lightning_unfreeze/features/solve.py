@@ -65,7 +65,8 @@ def logistic_regression(
         ridge: At least 0.
         num_classes: C; 1 for a single logit with `"sigmoid"`.
         kind: One class of C (`"softmax"`), or any of C labels (`"sigmoid"`).
-        class_weights: `(C,)`, weights of the rows of each class (of each label, for `"sigmoid"`); the mean is weighted.
+        class_weights: `(C,)`, weights of the rows of each class, the mean is weighted; for `"sigmoid"` of the rows
+            that have the label (torch's `pos_weight`).
         start: Weight and bias to begin with; zero without.
         tolerance: Largest entry of the gradient, relative to that at zero, at which it stops.
 
@@ -209,8 +210,7 @@ def _solve(
 
 def _loss(logits: Tensor, targets: Tensor, kind: Kind, class_weights: Tensor | None) -> Tensor:
     if kind == "sigmoid":
-        losses = F.binary_cross_entropy_with_logits(logits, targets.reshape(logits.shape), reduction="none")
-        return (losses.mean(0) if class_weights is None else losses.mean(0) * class_weights).mean()
+        return F.binary_cross_entropy_with_logits(logits, targets.reshape(logits.shape), pos_weight=class_weights)
     return F.cross_entropy(logits, targets, weight=class_weights)
 
 

@@ -66,6 +66,11 @@ def test_logistic_regression__labels_are_one_problem_each() -> None:
         expected, intercept = sklearn_head(features, labels[:, label], 1e-2)
         assert (weight[label] - expected[0]).abs().max() < 1e-4
         assert (bias[label] - intercept[0]).abs() < 1e-3
+    weights = torch.tensor([1.0, 4.0])
+    weight_4, _ = logistic_regression(features, labels, 1e-2, num_classes=2, kind="sigmoid", class_weights=weights)
+    model = LogisticRegression(C=1 / (1e-2 * 120), tol=1e-10, max_iter=20_000, class_weight={0: 1.0, 1: 4.0})
+    expected = torch.tensor(model.fit(features.numpy(), labels[:, 1].numpy()).coef_)
+    assert (weight_4[1] - expected[0]).abs().max() < 1e-4
     single, _ = logistic_regression(features, labels[:, 0], 1e-2, num_classes=1, kind="sigmoid")
     assert (single[0] - weight[0]).abs().max() < 1e-6
 

@@ -1,0 +1,142 @@
+"""What a linear head reads and what it is to answer, caught inside the step that trains it. Torch only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from lightning_unfreeze.features.solve import Kind
+
+class NotLinearError(ValueError):
+    """The head cannot be solved: it is no linear layer under a cross entropy."""
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """Rows for a logistic regression.
+
+    Attributes:
+        features: What the linear layer read, `(N, D)`, float32.
+        targets: `(N,)` classes, or `(N, C)`.
+        kind: Which cross entropy the step takes.
+        class_weights: Those of the step's cross entropy, `(C,)`.
+    """
+
+    features: Tensor
+    targets: Tensor
+    kind: Kind
+    class_weights: Tensor | None
+
+
+def linear_head(network: nn.Module) -> nn.Linear:
+    """The one linear layer that trains; norms that train beside it (of a transformer's last block) stay as they are.
+
+    Raises:
+        NotLinearError: If anything else trains.
+    """
+    owners = {
+        name: part
+        for name, part in network.named_modules()
+        if any(parameter.requires_grad for parameter in part.parameters(recurse=False))
+    }
+    linear = [part for part in owners.values() if isinstance(part, nn.Linear)]
+    tables = [
+        part
+        for part in owners.values()
+        if part not in linear and any(parameter.ndim > 1 for parameter in part.parameters(recurse=False))
+    ]
+    if len(linear) != 1 or tables:
+        told = ", ".join(f"{name} ({type(part).__name__})" for name, part in owners.items())
+        raise NotLinearError(f"a head that can be solved is one linear layer, and what trains is {told or 'nothing'}")
+    return linear[0]
+
+
+def head_rows(run: Callable[[Any], Any], head: nn.Linear, batches: Iterable[Any]) -> HeadRows:
+    """What the head reads on each batch, and the targets of the cross entropy that its answers go to.
+
+    Args:
+        run: The step, on one of the batches; called without gradients, the network in eval mode.
+        head: The linear layer.
+        batches: As the step gets them.
+
+    Raises:
+        NotLinearError: If the head is called more than once, on something else than rows, or its answers go to no
+            cross entropy.
+    """
+    features: list[Tensor] = []
+    targets: list[Tensor] = []
+    calls: list[tuple[Tensor, Tensor]] = []
+    spy = _LossSpy()
+    handle = head.register_forward_hook(lambda _, given, output: calls.append((given[0], output)))
+    try:
+        for batch in batches:
+            calls.clear()
+            spy.losses.clear()
+            with torch.no_grad(), spy:
+                run(batch)
+            rows, target = _rows_of(calls, spy.losses)
+            features.append(rows.detach().float().cpu())
+            targets.append(target.detach().cpu())
+    finally:
+        handle.remove()
+    if not features:
+        raise NotLinearError("there is no batch")
+    weights = spy.losses[0].class_weights
+    return HeadRows(
+        torch.cat(features), torch.cat(targets), spy.losses[0].kind, None if weights is None else weights.detach().cpu()
+    )
+
+
+@dataclass(frozen=True)
+class _Loss:
+    kind: Kind
+    logits: Tensor
+    target: Tensor
+    class_weights: Tensor | None
+
+
+def _rows_of(calls: list[tuple[Tensor, Tensor]], losses: list[_Loss]) -> tuple[Tensor, Tensor]:
+    if len(calls) != 1 or calls[0][1].ndim != 2:
+        raise NotLinearError(
+            f"the head has to be called once a step and give (N, C) logits; it gave {[tuple(c[1].shape) for c in calls]}"
+        )
+    if len(losses) != 1:
+        raise NotLinearError(f"the step has to take one cross entropy (softmax or sigmoid), it took {len(losses)}")
+    (rows, answers), (loss,) = calls[0], losses
+    if loss.logits.numel() != answers.numel() or not torch.equal(loss.logits.flatten(), answers.flatten()):
+        raise NotLinearError("the step's cross entropy is not of the head's own logits (scaled, cut or mixed?)")
+    if loss.kind == "softmax" and not loss.target.is_floating_point():
+        known = loss.target >= 0  # `ignore_index` is below 0
+        return rows[known], loss.target[known]
+    return rows, loss.target
+
+
+class _LossSpy(TorchFunctionMode):
+    """Writes down the calls of torch's cross entropies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[_Loss] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.cross_entropy:
+            given = dict(zip(("input", "target", "weight"), args, strict=False)) | kwargs
+            target, smoothing = given["target"], given.get("label_smoothing", 0.0)
+            if smoothing:
+                num_classes = given["input"].shape[1]
+                target = target if target.is_floating_point() else F.one_hot(target, num_classes)
+                target = (1 - smoothing) * target + smoothing / num_classes
+            self.losses.append(_Loss("softmax", given["input"], target, given.get("weight")))
+        elif func is F.binary_cross_entropy_with_logits:
+            given = dict(zip(("input", "target", "weight"), args, strict=False)) | kwargs
+            if given.get("weight") is not None:
+                raise NotLinearError("the step's sigmoid cross entropy weighs single elements")
+            self.losses.append(_Loss("sigmoid", given["input"], given["target"], given.get("pos_weight")))
+        return func(*args, **kwargs)
