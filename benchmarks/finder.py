@@ -15,6 +15,7 @@ on monkeys10 and rsscn7, and confirmed on flowers5.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import itertools
 import json
@@ -36,7 +37,7 @@ from torchvision.transforms import v2
 
 from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage, RangeTest
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
-from lightning_unfreeze.features.solve import solve_head
+from lightning_unfreeze.features.solve import HeadRows, solve_head
 from lightning_unfreeze.layers.groups import layer_groups
 from lightning_unfreeze.layers.param_groups import rate_ratios
 from lightning_unfreeze.stages.plan import Stage
@@ -174,10 +175,8 @@ def range_test(network: nn.Module, train: TensorDataset, batch: int, seed: int, 
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    try:
+    with contextlib.suppress(KeyboardInterrupt, SystemExit):
         trainer.fit(module, DataLoader(train, batch, shuffle=True, drop_last=True))
-    except (KeyboardInterrupt, SystemExit):
-        pass
     (result,) = finder.results.values()
     return result
 
@@ -196,7 +195,7 @@ def measure(options: argparse.Namespace, name: str, backbone: str, batch: int, s
     stages = {"head": (head, stored, stored_scored, 10), "full": (network, train, scored, options.epochs)}
     for stage, (start, data, judged, epochs) in stages.items():
         if stage == "full":
-            solved = solve_head(stored.tensors, None, num_classes=num_classes)
+            solved = solve_head(HeadRows(*stored.tensors), num_classes=num_classes)
             with torch.no_grad():
                 head.weight.copy_(solved.weight)
                 head.bias.copy_(solved.bias)
@@ -205,7 +204,12 @@ def measure(options: argparse.Namespace, name: str, backbone: str, batch: int, s
             f"{rate:g}": accuracy(trained(start, data, rate, batch, epochs, seed), judged, device)
             for rate in GRID[stage]
         }
-        cell[stage] = {"before": accuracy(start, judged, device), "grid": grid, "lrs": curve.lrs, "losses": curve.losses}
+        cell[stage] = {
+            "before": accuracy(start, judged, device),
+            "grid": grid,
+            "lrs": curve.lrs,
+            "losses": curve.losses,
+        }
     return cell
 
 
@@ -227,7 +231,7 @@ def read(cell: dict[str, Any], stage: str) -> dict[str, Any]:
 def report(cells: list[dict[str, Any]]) -> str:
     rows = [read(cell, stage) for cell in cells for stage in ("head", "full")]
     lines = [
-        "| set | backbone | batch | stage | before | grid's best | suggested | from the | accuracy there | points short |",
+        "| set | backbone | batch | stage | before | grid's best | suggested | read off the | accuracy | points short |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda row: (row["stage"], row["set"], row["backbone"], row["batch"], row["seed"])):
@@ -242,7 +246,7 @@ def report(cells: list[dict[str, Any]]) -> str:
         short = [row["best"] - row["acc"] for row in of if row["lr"]]
         if short:
             lines.append(
-                f"* {', '.join(names)}, {stage}: {len(short)} of {len(of)} answered; within 1 point of the grid's best in "
+                f"* {', '.join(names)}, {stage}: {len(short)} of {len(of)} answered; within 1 point of the best in "
                 f"{np.mean(np.array(short) <= 0.01):.0%}, within 2 in {np.mean(np.array(short) <= 0.02):.0%}; "
                 f"mean {100 * np.mean(short):.1f}, worst {100 * max(short):.1f} points short"
             )

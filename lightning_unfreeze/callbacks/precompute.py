@@ -21,6 +21,7 @@ from lightning_unfreeze.callbacks.base import StageCallback, StageRun, conductor
 from lightning_unfreeze.data.datasets import transform_of, with_transform
 from lightning_unfreeze.features.batch_form import BatchForm, NoStoreError
 from lightning_unfreeze.features.fill import FeaturePass, StoredData, together
+from lightning_unfreeze.features.head_rows import NotLinearError, head_rows, linear_head
 from lightning_unfreeze.features.layout import StoreDtype
 from lightning_unfreeze.features.prefix import FrozenPrefix
 from lightning_unfreeze.features.serve import (
@@ -33,8 +34,10 @@ from lightning_unfreeze.features.serve import (
     probe_batch,
 )
 from lightning_unfreeze.features.shortcut import Host, check_step, find_shortcut, installed, seconds, step_seconds
+from lightning_unfreeze.features.solve import HeadRows, solve_head
 from lightning_unfreeze.features.store import prune
 from lightning_unfreeze.inside_lightning.distributed import gather_objects
+from lightning_unfreeze.inside_lightning.loaders import load_validation
 from lightning_unfreeze.inside_lightning.sandbox import in_eval_mode, sandbox
 from lightning_unfreeze.inside_lightning.steps import StepName, batch_on_device, step_output, training_loss
 from lightning_unfreeze.reporting import progress_bar
@@ -42,6 +45,7 @@ from lightning_unfreeze.seeding import keyed_rng
 from lightning_unfreeze.stages.plan import Stage
 
 _PROBE_IMAGES = 8
+_SOLVED_ROWS = 512  # rows of the store that go to the head at once
 _CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "policy": ("auto", "always"),
@@ -152,6 +156,10 @@ class PrecomputeFeatures(StageCallback):
             with self._shortcuts_removed(), in_eval_mode(*frozen):
                 stored = self._stored_data(trainer, run, split, loader)
         except NoStoreError as reason:
+            if run.stage.solve and split == "train":
+                raise MisconfigurationException(
+                    f"stage {run.stage.name!r}: solve=True needs stored features, and there can be none: {reason}"
+                ) from None
             stored = None
             rank_zero_warn(
                 f"stage {run.stage.name!r} reads its {split} images as usual, without stored features: {reason}"
@@ -229,7 +237,8 @@ class PrecomputeFeatures(StageCallback):
             raise NoStoreError(f"{type(dataset).__name__} has no `transform` for eval_transform to replace")
         plain = dataset if transform is None else with_transform(dataset, transform)
         # views beyond the number of epochs would never be read
-        return [plain, *[dataset] * (min(self.num_views, run.stage.num_epochs) - 1)]
+        num_views = self.num_views if run.stage.solve else min(self.num_views, run.stage.num_epochs)
+        return [plain, *[dataset] * (num_views - 1)]
 
     def _root(self, trainer: pl.Trainer) -> Path:
         root = self.store_dir or Path(trainer.default_root_dir) / "feature_store"
@@ -253,7 +262,7 @@ class PrecomputeFeatures(StageCallback):
 
     def _pays(self, trainer: pl.Trainer, run: StageRun, work: FeaturePass, earlier: StoredData | None) -> bool:
         """Whether the pass and the epochs on features take less than the epochs on images."""
-        if self.policy == "always" or self._decided.get(run.stage.name):
+        if self.policy == "always" or run.stage.solve or self._decided.get(run.stage.name):
             return True
         layout, loader, view, host = work.layout, work.data.loader, work.data.views[0], work.host
         with host.aside(), torch.enable_grad():
@@ -300,8 +309,51 @@ class PrecomputeFeatures(StageCallback):
             _ask_for_loaders_again(trainer)
 
     def on_stage_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
-        """Looks whether the module's own hooks changed the frozen part since its features were stored."""
+        """Solves the head of a stage that asks for it.
+
+        Looks before that whether the module's own hooks changed the frozen part since its features were stored.
+        """
         self._check_frozen_part(stage)
+        if stage.solve and self.run is not None and not self.run.resumed and "train" in self._stored:
+            self._solve(trainer, pl_module, stage)
+
+    def _solve(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
+        start, host = time.monotonic(), _host(trainer)
+        load_validation(trainer)  # its store, where it has one, chooses the ridge
+        with host.aside():
+            pl_module.eval()
+            try:
+                train = together(host, lambda: self._head_rows(host, "train"))
+                val = together(host, lambda: self._head_rows(host, "val")) if "val" in self._stored else None
+            except NoStoreError as reason:
+                raise MisconfigurationException(f"stage {stage.name!r}, solve=True: {reason}") from None
+        head = linear_head(pl_module, _trainable(pl_module))
+        solution = solve_head(train, val, num_classes=head.out_features, device=host.device)
+        solution = trainer.strategy.broadcast(solution)  # equal to the last bit, whatever device a rank has
+        with torch.no_grad():
+            head.weight.copy_(solution.weight)
+            head.bias.copy_(solution.bias)
+        rank_zero_info(
+            f"stage {stage.name!r}: solved, ridge {solution.ridge:.0e}, {'val' if val else 'held-out'}_acc "
+            f"{solution.val_acc:.3f}, {time.monotonic() - start:.1f} s ({len(train.features)} rows)"
+        )
+
+    def _head_rows(self, host: Host, split: str) -> HeadRows:
+        stored, dataset, module = self._stored[split], self._datasets[split], host.network
+
+        def batches() -> Iterator[Any]:
+            for dataset.view in range(stored.store.layout.num_views):
+                for first in range(0, len(dataset), _SOLVED_ROWS):
+                    yield host.feed(dataset[list(range(first, min(first + _SOLVED_ROWS, len(dataset))))])
+
+        view = dataset.view
+        try:
+            with installed(stored.prefix):
+                return head_rows(host.run, linear_head(module, _trainable(module)), batches())
+        except NotLinearError as error:
+            raise NoStoreError(str(error)) from error
+        finally:
+            dataset.view = view
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Chooses the view of the epoch."""
@@ -356,6 +408,9 @@ class PrecomputeFeatures(StageCallback):
         if self._sources and (self._stored or any(stage.precompute for stage in following)):
             _ask_for_loaders_again(trainer)
         self._check_frozen_part(stage)
+        if stage.solve:  # its rates are 0, and the moments that its steps left are of no later use
+            for parameter in _trainable(pl_module):
+                trainer.optimizers[0].state.pop(parameter, None)
         self._leave_stage()
 
     def state_dict(self) -> dict[str, Any]:
@@ -439,6 +494,10 @@ def _ask_for_loaders_again(trainer: pl.Trainer) -> None:
     """What `reload_dataloaders_every_n_epochs` does, at one point in time; private, guarded as in `setup`."""
     trainer.fit_loop._combined_loader = None
     trainer.fit_loop.epoch_loop.val_loop._combined_loader = None
+
+
+def _trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def _same_everywhere(host: Host, prefix: FrozenPrefix) -> None:

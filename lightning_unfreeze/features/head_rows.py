@@ -11,50 +11,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lightning_unfreeze.features.solve import Kind
+from lightning_unfreeze.features.solve import HeadRows, Kind
+
 
 class NotLinearError(ValueError):
     """The head cannot be solved: it is no linear layer under a cross entropy."""
 
 
-@dataclass(frozen=True)
-class HeadRows:
-    """Rows for a logistic regression.
-
-    Attributes:
-        features: What the linear layer read, `(N, D)`, float32.
-        targets: `(N,)` classes, or `(N, C)`.
-        kind: Which cross entropy the step takes.
-        class_weights: Those of the step's cross entropy, `(C,)`.
-    """
-
-    features: Tensor
-    targets: Tensor
-    kind: Kind
-    class_weights: Tensor | None
-
-
-def linear_head(network: nn.Module) -> nn.Linear:
-    """The one linear layer that trains; norms that train beside it (of a transformer's last block) stay as they are.
+def linear_head(network: nn.Module, trainable: Iterable[nn.Parameter]) -> nn.Linear:
+    """The one linear layer among what trains; norms beside it (behind a transformer's last block) stay as they are.
 
     Raises:
-        NotLinearError: If anything else trains.
+        NotLinearError: If other weights train too, or the layer has no bias.
     """
-    owners = {
-        name: part
-        for name, part in network.named_modules()
-        if any(parameter.requires_grad for parameter in part.parameters(recurse=False))
-    }
-    linear = [part for part in owners.values() if isinstance(part, nn.Linear)]
-    tables = [
-        part
-        for part in owners.values()
-        if part not in linear and any(parameter.ndim > 1 for parameter in part.parameters(recurse=False))
-    ]
-    if len(linear) != 1 or tables:
+    trains = set(trainable)
+    owners = {name: part for name, part in network.named_modules() if trains & set(part.parameters(recurse=False))}
+    linear = {part for part in owners.values() if isinstance(part, nn.Linear)}
+    tables = {p for part in set(owners.values()) - linear for p in part.parameters(recurse=False) if p.ndim > 1}
+    if len(linear) != 1 or tables & trains:
         told = ", ".join(f"{name} ({type(part).__name__})" for name, part in owners.items())
         raise NotLinearError(f"a head that can be solved is one linear layer, and what trains is {told or 'nothing'}")
-    return linear[0]
+    (head,) = linear
+    if head.bias is None:
+        raise NotLinearError("a head that can be solved has a bias, and this one has none")
+    return head
 
 
 def head_rows(run: Callable[[Any], Any], head: nn.Linear, batches: Iterable[Any]) -> HeadRows:
@@ -103,9 +83,8 @@ class _Loss:
 
 def _rows_of(calls: list[tuple[Tensor, Tensor]], losses: list[_Loss]) -> tuple[Tensor, Tensor]:
     if len(calls) != 1 or calls[0][1].ndim != 2:
-        raise NotLinearError(
-            f"the head has to be called once a step and give (N, C) logits; it gave {[tuple(c[1].shape) for c in calls]}"
-        )
+        gave = [tuple(output.shape) for _, output in calls]
+        raise NotLinearError(f"the head has to be called once a step and give (N, C) logits; it gave {gave}")
     if len(losses) != 1:
         raise NotLinearError(f"the step has to take one cross entropy (softmax or sigmoid), it took {len(losses)}")
     (rows, answers), (loss,) = calls[0], losses

@@ -22,6 +22,23 @@ _MAX_STEPS = 500
 
 
 @dataclass(frozen=True)
+class HeadRows:
+    """Rows for a logistic regression.
+
+    Attributes:
+        features: `(N, D)`, floating point; several views of an image are more rows.
+        targets: Classes `(N,)`; or `(N, C)`: shares of classes for `"softmax"`, 0 or 1 for `"sigmoid"`.
+        kind: One class of C (`"softmax"`), or any of C labels (`"sigmoid"`).
+        class_weights: `(C,)`, see `logistic_regression`.
+    """
+
+    features: Tensor
+    targets: Tensor
+    kind: Kind = "softmax"
+    class_weights: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Solution:
     """A linear head and how it was chosen.
 
@@ -97,14 +114,13 @@ def logistic_regression(
 
 
 def solve_head(
-    train: tuple[Tensor, Tensor],
-    val: tuple[Tensor, Tensor] | None,
+    train: HeadRows,
+    val: HeadRows | None = None,
     *,
     num_classes: int,
-    kind: Kind = "softmax",
-    class_weights: Tensor | None = None,
     ridges: Sequence[float] = RIDGES,
     stop_at_loss: float | None = None,
+    device: torch.device | None = None,
 ) -> Solution:
     """The head whose ridge is best on validation rows, of a path from strong to weak ridges, warm started.
 
@@ -112,22 +128,22 @@ def solve_head(
     early where three ridges in a row were worse than the best. Best is the lowest validation loss.
 
     Args:
-        train: Features `(N, D)` and targets (see `logistic_regression`); several views of an image are more rows.
-        val: The same for validation; without, a fifth of the training rows chooses the ridge, and then all are used.
+        train: The rows to fit.
+        val: Those that choose the ridge; without, a fifth of the training rows does, and then all are fitted.
         num_classes: C.
-        kind: `"softmax"` or `"sigmoid"`.
-        class_weights: `(C,)`, for training only.
         ridges: The path.
         stop_at_loss: Take the first head of the path whose training loss is at most this, whatever validation says: a
             head to begin fine-tuning with that has not yet converged (Ren et al. 2023, how to prepare your task head).
+        device: Where to compute; None for where the training rows are.
 
     Returns:
-        The head, in float32.
+        The head, in float32 on the CPU.
 
     Raises:
         ValueError: For shapes that do not fit, or an empty path.
     """
-    features, targets = _on_device(train)
+    kind, class_weights = train.kind, train.class_weights
+    features, targets = _on_device(train, device)
     path = sorted(set(ridges), reverse=True)
     if not path:
         raise ValueError("ridges is empty; give at least one number")
@@ -137,7 +153,7 @@ def solve_head(
         judged = features[held_out], targets[held_out]
         fitted = features[~held_out], targets[~held_out]
     else:
-        judged, fitted = _on_device(val), (features, targets)
+        judged, fitted = _on_device(val, features.device), (features, targets)
     mean, scale = features.mean(0), _scale(features - features.mean(0))
     rows, aims = (fitted[0] - mean) / scale, fitted[1]
     weight, bias = rows.new_zeros(num_classes, rows.shape[1]), rows.new_zeros(num_classes)
@@ -162,7 +178,7 @@ def solve_head(
         weight, bias = _solve(everything, targets, ridge, kind, class_weights, weight, bias, _PATH_TOLERANCE)
     train_loss = _scores(everything, targets, weight, bias, kind)[0]
     weight = weight / scale
-    return Solution(weight.float(), (bias - weight @ mean).float(), ridge, train_loss, loss, accuracy)
+    return Solution(weight.float().cpu(), (bias - weight @ mean).float().cpu(), ridge, train_loss, loss, accuracy)
 
 
 def _solve(
@@ -242,9 +258,9 @@ def _held_out(targets: Tensor) -> Tensor:
     return place % _HELD_OUT == _HELD_OUT - 1
 
 
-def _on_device(rows: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    features, targets = rows
-    return features if features.dtype == torch.float64 else features.float(), targets.to(features.device)
+def _on_device(rows: HeadRows, device: torch.device | None) -> tuple[Tensor, Tensor]:
+    features = rows.features if device is None else rows.features.to(device)
+    return features if features.dtype == torch.float64 else features.float(), rows.targets.to(features.device)
 
 
 def _check(features: Tensor, targets: Tensor, ridge: float, num_classes: int, kind: Kind) -> None:

@@ -80,3 +80,15 @@ def _endless(loader: CombinedLoader, limit: int | None) -> Iterator[tuple[Any, i
                 yield batch, batch_idx
         if empty:
             raise MisconfigurationException("the training data gives no batch, so there is nothing to test on")
+
+
+def load_validation(trainer: pl.Trainer) -> None:
+    """Has the validation loaders of a fit made now, if there are to be any.
+
+    Lightning does the same before the first epoch, and has no public way to do it later (guarded by
+    `test_load_validation__makes_the_loaders_that_are_validated_on`, Lightning 2.6).
+    """
+    if trainer.enable_validation and trainer.val_dataloaders is None:
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        trainer.training = True

@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_unfreeze.features.solve import logistic_regression, solve_head
+from lightning_unfreeze.features.solve import HeadRows, logistic_regression, solve_head
 
 
 def blobs(num: int = 90, size: int = 6, classes: int = 3, seed: int = 0, spread: float = 1.5) -> tuple[Tensor, Tensor]:
@@ -96,7 +96,7 @@ def test_solve_head__takes_the_ridge_of_the_lowest_validation_loss() -> None:
         losses.append(float(F.cross_entropy(val[0] @ weight.T + bias, val[1])))
     best = int(np.argmin(losses))
     assert 0 < best < 3  # a ridge in between, or the test says little
-    solved = solve_head(train, val, num_classes=3, ridges=ridges[::-1])
+    solved = solve_head(HeadRows(*train), HeadRows(*val), num_classes=3, ridges=ridges[::-1])
     weight, bias = sklearn_head(*train, ridges[best] * scale)
     logits = val[0] @ weight.T + bias
     assert solved.ridge == ridges[best]
@@ -108,8 +108,8 @@ def test_solve_head__takes_the_ridge_of_the_lowest_validation_loss() -> None:
 
 def test_solve_head__means_the_same_in_other_units() -> None:
     train, val = blobs(num=45), blobs(num=90, seed=1)
-    one = solve_head(train, val, num_classes=3)
-    other = solve_head((1000 * train[0], train[1]), (1000 * val[0], val[1]), num_classes=3)
+    one = solve_head(HeadRows(*train), HeadRows(*val), num_classes=3)
+    other = solve_head(HeadRows(1000 * train[0], train[1]), HeadRows(1000 * val[0], val[1]), num_classes=3)
     assert one.ridge == other.ridge
     assert one.val_loss == pytest.approx(other.val_loss, rel=1e-4)
     assert (one.weight - 1000 * other.weight).abs().max() < 1e-3
@@ -119,10 +119,9 @@ def test_solve_head__without_validation_holds_out_a_fifth_and_then_takes_all() -
     features, targets = blobs(num=75)
     place = torch.arange(75) // 3  # the classes take turns
     held_out = place % 5 == 4
-    judged = solve_head(
-        (features[~held_out], targets[~held_out]), (features[held_out], targets[held_out]), num_classes=3
-    )
-    solved = solve_head((features, targets), None, num_classes=3)
+    fitted = HeadRows(features[~held_out], targets[~held_out])
+    judged = solve_head(fitted, HeadRows(features[held_out], targets[held_out]), num_classes=3)
+    solved = solve_head(HeadRows(features, targets), num_classes=3)
     assert solved.ridge == judged.ridge
     scale = float(features.var(0, correction=0).mean())
     expected = sklearn_head(features, targets, solved.ridge * scale)[0]
@@ -133,10 +132,10 @@ def test_solve_head__can_stop_at_a_training_loss() -> None:
     train, val = blobs(num=45), blobs(num=90, seed=1)
     losses = {}
     for ridge in (10.0, 1.0, 0.1, 0.01):
-        losses[ridge] = solve_head(train, val, num_classes=3, ridges=[ridge]).train_loss
+        losses[ridge] = solve_head(HeadRows(*train), HeadRows(*val), num_classes=3, ridges=[ridge]).train_loss
     assert sorted(losses.values(), reverse=True) == list(losses.values())
     wanted = (losses[1.0] + losses[0.1]) / 2
-    stopped = solve_head(train, val, num_classes=3, ridges=list(losses), stop_at_loss=wanted)
+    stopped = solve_head(HeadRows(*train), HeadRows(*val), num_classes=3, ridges=list(losses), stop_at_loss=wanted)
     assert stopped.ridge == 0.1 and stopped.train_loss <= wanted
 
 
@@ -155,6 +154,6 @@ def test_solve_head__can_stop_at_a_training_loss() -> None:
 )
 def test_solve_head__refuses_the_impossible(change: dict[str, Any], message: str) -> None:
     given: dict[str, Any] = {"features": torch.zeros(4, 2), "targets": torch.zeros(4, dtype=torch.int64), **change}
-    train = given.pop("features"), given.pop("targets")
+    train = HeadRows(given.pop("features"), given.pop("targets"), given.pop("kind", "softmax"))
     with pytest.raises(ValueError, match=message):
-        solve_head(train, None, num_classes=3, **given)
+        solve_head(train, num_classes=3, **given)
