@@ -21,15 +21,17 @@ from lightning_unfreeze.layers.param_groups import peak_lr, set_lr, set_peak_lr
 from lightning_unfreeze.reporting import progress_bar, report_dir, save_figure, write_csv
 from lightning_unfreeze.stages.plan import Stage
 from lightning_unfreeze.stages.range_test_rules import (
+    Answer,
     SuggestionMethod,
     debiased_ema,
     diverged,
     exponential_ramp,
-    suggest_lr,
+    read_curve,
 )
 
 _METHODS: tuple[SuggestionMethod, ...] = get_args(SuggestionMethod)
-_SMOOTHING = 0.98
+_SMOOTHING = 0.9  # of what the rules read: with more the curve lags behind its rate, and what they say is too low
+_DIVERGENCE_SMOOTHING = 0.98
 _CUT_LAST = 5  # points at the end, where the loss already diverges, that no rule reads (fastai's number)
 
 
@@ -54,13 +56,21 @@ class RangeTest:
 
     @property
     def suggestion(self) -> float | None:
-        """The rate by `method`; None where the curve has no signal."""
-        return self.suggestions()[self.method]
+        """The rate by `method`; None where the curve neither falls nor rises."""
+        return self.answer().rate
+
+    def answer(self, method: SuggestionMethod | None = None) -> Answer:
+        """The rate by a rule, and which end of the curve gave it.
+
+        The rule reads the smoothed curve without its first tenth and its last five points; whether it falls, and where
+        it starts to rise, is told from the losses as measured, whose noise is independent.
+        """
+        read = slice(len(self.lrs) // 10, max(0, len(self.lrs) - _CUT_LAST))
+        return read_curve(self.lrs[read], self.smoothed[read], method or self.method, self.losses[read])
 
     def suggestions(self) -> dict[str, float | None]:
-        """The rate by each rule; they read the smoothed curve without its first tenth and its last five points."""
-        read = slice(len(self.lrs) // 10, max(0, len(self.lrs) - _CUT_LAST))
-        return {method: suggest_lr(self.lrs[read], self.smoothed[read], method) for method in _METHODS}
+        """The rate by each rule; they agree where the curve does not fall."""
+        return {method: self.answer(method).rate for method in _METHODS}
 
     def rows(self) -> list[dict[str, float]]:
         """The curve as a table."""
@@ -75,9 +85,17 @@ class RangeTest:
         axis.plot(self.lrs, self.smoothed, color="black", linewidth=1.8, label="smoothed")
         axis.set_xscale("log")
         axis.set_ylim(*_visible_range(self.losses, self.smoothed))
-        for index, (method, rate) in enumerate(self.suggestions().items()):
+        answer = self.answer()
+        if answer.rise is not None:
+            axis.axvline(
+                answer.rise, color="0.5", linestyle="--", linewidth=1, label=f"rises from {answer.rise:.2g} on"
+            )
+        shown = self.suggestions() if answer.end == "fall" else {self.method: answer.rate}
+        for index, (method, rate) in enumerate(shown.items()):
             used = method == self.method
             label = f"{method}: {'no signal' if rate is None else f'{rate:.2g}'}{' (chosen)' if used else ''}"
+            if answer.end == "rise":
+                label = f"below the rise: {rate:.2g} (chosen)"
             style: dict[str, Any] = {"color": f"C{index}", "label": label, "linewidth": 2.5 if used else 1.2}
             if rate is None:
                 axis.plot([], [], ":", **style)
@@ -109,7 +127,9 @@ class LRFinderPerStage(StageCallback):
         num_steps: Optimizer steps of the test; the loader is started again where it is shorter.
         method: Rule that reads the curve, see `schedules.suggest_lr`.
         apply: Set the rate; False only shows the curve.
-        on_no_signal: What to do with a flat or rising curve: keep the rate the stage would have had, or an error.
+        on_no_signal: What to do with a curve that neither falls nor rises. `"ladder"`: the rate of the last stage that
+            had one, a tenth of it where that stage trained the head alone and this one more; without such a stage as
+            `"keep"`: the rate the stage would have had. `"error"`: stop.
 
     Attributes:
         results: The range test of each stage, by its name (`"fit"` without stages); `results[name].plot()`.
@@ -128,7 +148,7 @@ class LRFinderPerStage(StageCallback):
         num_steps: int = 100,
         method: SuggestionMethod = "valley",
         apply: bool = True,
-        on_no_signal: Literal["keep", "error"] = "keep",
+        on_no_signal: Literal["ladder", "keep", "error"] = "ladder",
     ) -> None:
         if not 0 < min_lr < max_lr < float("inf"):
             raise ValueError(f"min_lr={min_lr}, max_lr={max_lr}: has to be 0 < min_lr < max_lr, both finite")
@@ -136,18 +156,19 @@ class LRFinderPerStage(StageCallback):
             raise ValueError(f"num_steps={num_steps} is too few to read a curve from; give 20 or more (default 100)")
         if method not in _METHODS:
             raise ValueError(f"method={method!r} is not one of {list(_METHODS)}")
-        if on_no_signal not in ("keep", "error"):
-            raise ValueError(f"on_no_signal={on_no_signal!r} is not 'keep' or 'error'")
+        if on_no_signal not in ("ladder", "keep", "error"):
+            raise ValueError(f"on_no_signal={on_no_signal!r} is not 'ladder', 'keep' or 'error'")
         self.min_lr, self.max_lr, self.num_steps = min_lr, max_lr, num_steps
         self.method: SuggestionMethod = method
         self.apply = apply
         self.on_no_signal = on_no_signal
         self.results: dict[str, RangeTest] = {}
+        self._ladder: list[tuple[float, bool]] = []  # rate of each stage that had one, and whether the head alone
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forgets the results of an earlier fit; those of a checkpoint are loaded after this."""
         if stage == "fit":
-            self.results = {}
+            self.results, self._ladder = {}, []
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses what a range test cannot drive."""
@@ -163,7 +184,12 @@ class LRFinderPerStage(StageCallback):
 
     def on_stage_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
         """Runs the range test, unless the stage has a rate, or was resumed and so has one already."""
-        if self.run is None or self.run.resumed or (self.run.planned and stage.lr != "find"):
+        if self.run is None or self.run.resumed:
+            return
+        head_alone = stage.train == "head"
+        if self.run.planned and stage.lr != "find":
+            if stage.lr is not None:
+                self._ladder.append((float(stage.lr), head_alone))
             return
         # kept results are those of a checkpoint that was written after the test and before the first step
         if self.run.restaged or stage.name not in self.results:
@@ -171,19 +197,34 @@ class LRFinderPerStage(StageCallback):
             if trainer.is_global_zero:
                 self._show(trainer, stage.name)
         result = self.results[stage.name]
-        if result.suggestion is None:
-            message = (
-                f"stage {stage.name!r}: no signal in the range test (flat, rising or too noisy a loss from "
-                f"{result.lrs[0]:.2g} to {result.lrs[-1]:.2g}); look at its curve, or give the stage an lr"
+        answer = result.answer()
+        if answer.rate is not None:
+            self._ladder.append((answer.rate, head_alone))
+            if self.apply:
+                self._set(trainer, answer.rate)
+                where = self.method if answer.end == "fall" else f"below the rise from {answer.rise:.3g} on"
+                rank_zero_info(f"stage {stage.name!r}: learning rate {answer.rate:.3g} by range test ({where})")
+            return
+        message = (
+            f"stage {stage.name!r}: no signal in the range test (the loss neither falls nor rises from "
+            f"{result.lrs[0]:.2g} to {result.lrs[-1]:.2g})"
+        )
+        if self.on_no_signal == "error":
+            raise MisconfigurationException(f"{message}; look at its curve, or give the stage an lr")
+        if self.on_no_signal == "ladder" and self._ladder and self.apply:
+            last, of_head = self._ladder[-1]
+            rate = last / 10 if of_head and not head_alone else last
+            self._set(trainer, rate)
+            rank_zero_warn(
+                f"{message}; it takes {rate:.3g}, {'a tenth of ' if rate < last else ''}the last stage's rate"
             )
-            if self.on_no_signal == "error":
-                raise MisconfigurationException(message)
-            rank_zero_warn(f"{message}; the rates stay as they are")
-        elif self.apply:
-            optimizer = trainer.optimizers[0]
-            for group, ratio in zip(optimizer.param_groups, _peak_ratios(optimizer), strict=True):
-                set_peak_lr(group, result.suggestion * ratio)
-            rank_zero_info(f"stage {stage.name!r}: learning rate {result.suggestion:.3g} by range test ({self.method})")
+        else:
+            rank_zero_warn(f"{message}; look at its curve, or give the stage an lr; the rates stay as they are")
+
+    def _set(self, trainer: pl.Trainer, rate: float) -> None:
+        optimizer = trainer.optimizers[0]
+        for group, ratio in zip(optimizer.param_groups, _peak_ratios(optimizer), strict=True):
+            set_peak_lr(group, rate * ratio)
 
     def range_test(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> RangeTest:
         """The curve from the present weights, on the present training data; leaves no trace. A collective call.
@@ -224,7 +265,9 @@ class LRFinderPerStage(StageCallback):
                 # one value, so one decision, on all ranks
                 losses.append(float(trainer.strategy.reduce(loss, reduce_op="mean")))
                 # the first tenth averages few losses; a lucky low one there is not what later ones are measured by
-                if not np.isfinite(losses[-1]) or diverged(debiased_ema(losses, _SMOOTHING)[self.num_steps // 10 :]):
+                if not np.isfinite(losses[-1]) or diverged(
+                    debiased_ema(losses, _DIVERGENCE_SMOOTHING)[self.num_steps // 10 :]
+                ):
                     break
         if not losses:
             raise MisconfigurationException(f"stage {name!r}: `training_step` returned no loss, so there is no curve")
@@ -241,12 +284,13 @@ class LRFinderPerStage(StageCallback):
             write_csv(folder / f"lr_find_{name}.csv", result.rows())
 
     def state_dict(self) -> dict[str, Any]:
-        """The curves so far."""
-        return {"results": {name: asdict(result) for name, result in self.results.items()}}
+        """The curves so far, and the rates of the stages."""
+        return {"results": {name: asdict(result) for name, result in self.results.items()}, "ladder": self._ladder}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over the curves, so that a resumed run does not search again."""
         self.results = {name: RangeTest(**result) for name, result in state_dict["results"].items()}
+        self._ladder = [(rate, of_head) for rate, of_head in state_dict.get("ladder", [])]
 
 
 def _peak_ratios(optimizer: torch.optim.Optimizer) -> list[float]:

@@ -316,7 +316,8 @@ class GradualUnfreeze(Conductor):
         for group, own in zip(param_groups, own_ratios(param_groups, list(self.groups)[-1]), strict=True):
             name = layer_group_of(group)
             peak = stage.lr * own if isinstance(stage.lr, float | int) else given_lr(group)
-            set_peak_lr(group, peak * ratios[name] if name in chosen else 0.0)
+            # a solved head is scored by an epoch in which nothing moves
+            set_peak_lr(group, peak * ratios[name] if name in chosen and not stage.solve else 0.0)
 
     @contextmanager
     def around_stage_start(self, trainer: pl.Trainer, run: StageRun) -> Iterator[None]:

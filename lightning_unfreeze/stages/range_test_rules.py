@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -12,6 +13,7 @@ from lightning_unfreeze.stages.schedules import check
 
 FloatArray: TypeAlias = NDArray[np.float64]
 SuggestionMethod = Literal["valley", "slide", "minimum/10", "steep", "still_improving"]
+End = Literal["fall", "rise", "none"]
 
 _MIN_POINTS = 5  # fewer points than this are not a curve
 _SLIDE_WIDTH, _SLIDE_THRESHOLD = 15, 0.005  # fastai's defaults
@@ -21,6 +23,9 @@ _STILL_CLEAR = 0.5  # share of the steepest slope that counts as clearly improvi
 _WANDERING, _WHITE = 2.5, 4.5
 _WHITE_BELOW = -0.37  # lag-1 correlation of the differences: -0.5 for white noise, near -0.1 for smoothed noise
 _FLOAT32_NOISE = 1e-6
+_PLAIN_FALL = 0.05  # of the level, and a tenth of the rise after it: a fall that anyone sees, whatever the noise
+_BELOW_RISE = 20  # measured: benchmarks/results/finder.md
+_CLEAR_NOISE = 4.0  # standard deviations of a mean of points
 
 
 def exponential_ramp(start: float, end: float, num_steps: int) -> FloatArray:
@@ -88,11 +93,27 @@ def diverged(losses: Sequence[float] | NDArray[Any], factor: float = 4.0) -> boo
     return bool(unit > 0 and curve[-1] - best > (factor - 1) * unit)
 
 
-def suggest_lr(lrs: ArrayLike, losses: ArrayLike, method: SuggestionMethod = "valley") -> float | None:
-    """The learning rate that a range test suggests, or None if its curve carries no signal.
+@dataclass(frozen=True)
+class Answer:
+    """A rate, and which end of the curve gave it.
 
-    The curve is taken as given (smooth it and cut its ends first) up to its first loss that is not finite. The first
-    four methods are fastai 2's rules.
+    Attributes:
+        rate: The suggestion; None where there is none.
+        end: `"fall"`: a rule read it off where the loss falls; `"rise"`: a twentieth of the rate at which the loss
+            clearly rises, of a curve that does not fall; `"none"`: the curve does neither.
+        rise: Rate from which on the loss is clearly above its lowest; None where it never is.
+    """
+
+    rate: float | None
+    end: End
+    rise: float | None = None
+
+
+def suggest_lr(lrs: ArrayLike, losses: ArrayLike, method: SuggestionMethod = "valley") -> float | None:
+    """The learning rate that a range test suggests, or None if its curve neither falls nor rises.
+
+    The curve is taken as given (smooth it and cut its ends first) up to its first loss that is not finite. Where it
+    falls, the method says where to read it. The first four are fastai 2's rules.
 
     * `valley`: into the longest decreasing subsequence by a third and a sixth of its length, counted from its end.
     * `slide`: the lowest rate of the right end over which the slope differs from that 15 points higher by over 0.005.
@@ -102,16 +123,19 @@ def suggest_lr(lrs: ArrayLike, losses: ArrayLike, method: SuggestionMethod = "va
       fast per log rate as where it falls fastest. Slopes are least-squares lines through a point and a twentieth of
       the curve (at least one point) to each side.
 
-    No signal: fewer than 5 points (16 for `slide`); the lowest loss within the first tenth or the first 3 points (a
-    rising curve); or a fall, from the median of the first tenth to the lowest loss, that noise alone would give. Noise
-    is read off the second differences on the way down, which a smooth fall hardly touches, so the rule holds for losses
-    of any sign and scale. Smoothed noise wanders: N steps of size s reach `s * sqrt(N)`, and the fall must be above 2.5
-    times that. In a raw curve (differences that alternate: lag-1 correlation under -0.37) noise does not wander, and
-    4.5 standard deviations will do.
+    Where it does not fall, after a head has converged say, the information is where it starts to rise: a twentieth of
+    the rate of that point (`rise_start`), by any method.
+
+    A curve falls if the fall, from the median of the first tenth to the lowest loss behind it, is plain or more than
+    noise alone would give. Plain: more than a twentieth of the level and a tenth of the rise that follows. Noise is
+    read off the second differences on the way down, which a smooth fall hardly touches, so this holds for losses of any
+    sign and scale. Smoothed noise wanders: N steps of size s reach `s * sqrt(N)`, and the fall must be above 2.5 times
+    that. In a raw curve (differences that alternate: lag-1 correlation under -0.37) noise does not wander, a fall is
+    never plain, and 4.5 standard deviations will do.
 
     Args:
         lrs: rates of the test, increasing, shape `(N,)`.
-        losses: loss at each rate, shape `(N,)`.
+        losses: loss at each rate, shape `(N,)`; fewer than 5 (16 for `slide`) are no curve.
         method: the rule.
 
     Returns:
@@ -124,19 +148,107 @@ def suggest_lr(lrs: ArrayLike, losses: ArrayLike, method: SuggestionMethod = "va
     >>> round(suggest_lr(lrs, 2 - np.exp(-((np.log10(lrs) + 2) ** 2)), "minimum/10"), 9)
     0.001
     """
+    return read_curve(lrs, losses, method).rate
+
+
+def read_curve(
+    lrs: ArrayLike, losses: ArrayLike, method: SuggestionMethod = "valley", measured: ArrayLike | None = None
+) -> Answer:
+    """What `suggest_lr` says, and by which end of the curve.
+
+    Args:
+        lrs: see `suggest_lr`.
+        losses: see `suggest_lr`.
+        method: see `suggest_lr`.
+        measured: The losses before they were smoothed, shape `(N,)`. Their noise is independent, so they tell a fall
+            and a rise from noise better; the rule still reads `losses`.
+
+    Raises:
+        ValueError: as `suggest_lr`.
+    """
     rates, curve = np.asarray(lrs, dtype=np.float64), np.asarray(losses, dtype=np.float64)
-    if rates.ndim != 1 or rates.shape != curve.shape:
+    points = curve if measured is None else np.asarray(measured, dtype=np.float64)
+    if rates.ndim != 1 or not rates.shape == curve.shape == points.shape:
         raise ValueError(f"lrs and losses must be one-dimensional and of one length, got {rates.shape}, {curve.shape}")
     if not (np.isfinite(rates).all() and (rates > 0).all() and (np.diff(rates) > 0).all()):
         raise ValueError("lrs must be finite, above 0 and increasing: pass the rates of the range test in their order")
     if method not in _RULES:
         raise ValueError(f"method={method!r} is not accepted: it must be one of {', '.join(_RULES)}")
-    bad = np.flatnonzero(~np.isfinite(curve))
+    bad = np.flatnonzero(~np.isfinite(curve + points))
     if bad.size:
-        rates, curve = rates[: bad[0]], curve[: bad[0]]
-    if curve.size < (_SLIDE_WIDTH + 1 if method == "slide" else _MIN_POINTS) or not _has_signal(curve):
+        rates, curve, points = rates[: bad[0]], curve[: bad[0]], points[: bad[0]]
+    if curve.size < (_SLIDE_WIDTH + 1 if method == "slide" else _MIN_POINTS):
+        return Answer(None, "none")
+    rise = rise_start(rates, points)
+    if _falls(curve) if measured is None else _clearly_falls(points):
+        return Answer(float(_RULES[method](rates, curve)), "fall", rise)
+    if rise is not None:
+        return Answer(rise / _BELOW_RISE, "rise", rise)
+    return Answer(None, "none")
+
+
+def rise_start(lrs: ArrayLike, losses: ArrayLike) -> float | None:
+    """The rate from which on the loss stays clearly above its lowest, or None.
+
+    The last point is sought at which the median of five points around it is within reach of the lowest such median:
+    four standard deviations of the noise, a tenth of the fall before it, a fiftieth of the whole rise, whichever is
+    most. Single points and short bumps move nothing. At least three points have to lie behind it.
+
+    Args:
+        lrs: rates, increasing, shape `(N,)`.
+        losses: finite, shape `(N,)`.
+
+    >>> rise_start([1e-4, 1e-3, 1e-2, 1e-1, 1, 10, 100, 1000], [2, 2, 2, 2, 2, 4, 8, 16])
+    10.0
+    """
+    rates, curve = np.asarray(lrs, dtype=np.float64), np.asarray(losses, dtype=np.float64)
+    if curve.size < _MIN_POINTS:
         return None
-    return float(_RULES[method](rates, curve))
+    middle = _running_median(curve)
+    lowest = int(middle.argmin())
+    before = middle[: lowest + 1]
+    fall = float(np.median(before[: max(1, curve.size // 10)])) - middle[lowest]
+    rise = float(middle[lowest:].max()) - middle[lowest]
+    noise = _noise(curve[: max(lowest + 1, curve.size // 3, _MIN_POINTS)])
+    reach = max(_CLEAR_NOISE * noise / np.sqrt(3), fall / 10, rise / 50, _FLOAT32_NOISE * np.abs(curve).max())
+    last = int(np.flatnonzero(middle <= middle[lowest] + reach)[-1])
+    return float(rates[last + 1]) if last + 3 < curve.size else None
+
+
+def _running_median(curve: FloatArray) -> FloatArray:
+    padded = np.pad(curve, 2, mode="edge")
+    return np.median(np.lib.stride_tricks.sliding_window_view(padded, 5), axis=1)
+
+
+def _noise(points: FloatArray) -> float:
+    """Standard deviation of independent noise around a smooth curve, whatever a few outliers say."""
+    bends = np.diff(points, 2)
+    return float(1.4826 * np.median(np.abs(bends)) / np.sqrt(6)) if bends.size else 0.0
+
+
+def _clearly_falls(points: FloatArray) -> bool:
+    """Whether, among losses with independent noise, the lowest tenth is below the first fifth by more than noise."""
+    width = max(3, points.size // 10)
+    if points.size < 4 * width:
+        return False
+    means = np.convolve(points, np.ones(width) / width, "valid")[2 * width :]
+    lowest = int(means.argmin())
+    fall = float(points[: 2 * width].mean() - means[lowest])
+    noise = _noise(points[: lowest + 3 * width])
+    error = noise * np.sqrt(1 / width + 1 / (2 * width))
+    return bool(fall > max(_CLEAR_NOISE * error, _FLOAT32_NOISE * np.abs(points).max()))
+
+
+def _falls(curve: FloatArray) -> bool:
+    return _has_signal(curve) or _falls_plainly(curve)
+
+
+def _falls_plainly(curve: FloatArray) -> bool:
+    head, lowest = max(1, curve.size // 10), int(curve.argmin())
+    level = float(np.median(curve[:head]))
+    fall, rise = level - curve[lowest], float(curve[lowest:].max() - curve[lowest])
+    alternates = _lag_1_correlation(np.diff(curve)) < _WHITE_BELOW
+    return bool(lowest >= head and fall > max(_PLAIN_FALL * abs(level), rise / 10) and not alternates)
 
 
 def _has_signal(curve: FloatArray) -> bool:

@@ -1,0 +1,249 @@
+"""A solved head: against scikit-learn on features of a plain forward; in plans, resumed, on two ranks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from lightning_unfreeze.callbacks.precompute import PrecomputeFeatures
+from lightning_unfreeze.callbacks.restarts import CosineRestarts
+from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
+from lightning_unfreeze.stages.plan import Stage
+from tests.conftest import UserModule, loader, quiet_trainer, same_weights, weights_of
+
+REPO = Path(__file__).parents[2]
+SOLVED = Stage("head", train="head", precompute=True, solve=True)
+
+
+def photos(num: int = 48, seed: int = 0) -> TensorDataset:
+    """Three classes of noise that differ in colour, enough to learn and not to separate."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.arange(num) % 3
+    images = torch.randn(num, 3, 12, 12, generator=generator)
+    images += 0.25 * F.one_hot(targets, 3)[:, :, None, None] + 0.5 * torch.randn(num, 3, 1, 1, generator=generator)
+    return TensorDataset(images, targets)
+
+
+class Weighted(UserModule):
+    """Class weights, label smoothing, dropout before the head; a metric of validation."""
+
+    weights = torch.tensor([1.0, 2.0, 0.5])
+    smoothing = 0.0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return nn.functional.cross_entropy(self.net(x), y, weight=self.weights, label_smoothing=self.smoothing)
+
+
+def fit(
+    folder: Path, module: pl.LightningModule, plan: list[Stage], *others: Callback, val: Any = None, **options: Any
+) -> pl.Trainer:
+    store = PrecomputeFeatures(folder / "store", **options.pop("store", {}))
+    trainer = quiet_trainer([GradualUnfreeze(plan), store, *others], **options.pop("trainer", {}))
+    torch.manual_seed(7)
+    val = loader(photos(60, seed=1)) if val is None else val
+    trainer.fit(module, loader(photos(), shuffle=True), val or None, **options)
+    return trainer
+
+
+def features_of(module: UserModule, data: TensorDataset) -> Tensor:
+    backbone = module.net.backbone.eval()
+    with torch.no_grad():
+        return backbone(data.tensors[0]).flatten(1).double()
+
+
+def test_solved_stage__is_scikit_learns_head_at_the_ridge_that_it_names(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    module = Weighted()
+    before = weights_of(module)
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        trainer = fit(tmp_path, module, [SOLVED])
+    told = next(re.finditer(r"stage 'head': solved, ridge (\S+), val_acc (\S+), \d+\.\d s \(48 rows\)", caplog.text))
+    after = weights_of(module)
+    assert {name.rpartition(".")[0] for name in same_weights(before, after)} == {"net.head.2", "head.2"}
+
+    train, val = photos(), photos(60, seed=1)
+    features = features_of(module, train)
+    ridge = float(10 ** (round(2 * torch.tensor(float(told[1])).log10().item()) / 2))
+    scale = float(features.var(0, correction=0).mean())
+    rows = float(Weighted.weights[train.tensors[1]].sum())
+    expected = LogisticRegression(
+        C=1 / (ridge * scale * rows),
+        tol=1e-10,
+        max_iter=10_000,
+        class_weight=dict(enumerate(Weighted.weights.tolist())),
+    ).fit(features.numpy(), train.tensors[1].numpy())
+    head = module.net.head[2]
+    assert isinstance(head, nn.Linear)
+    difference = torch.tensor(expected.coef_) - head.weight.detach()
+    assert difference.abs().max() < 2e-3 * float(head.weight.detach().abs().max())
+    accuracy = expected.score(features_of(module, val).numpy(), val.tensors[1].numpy())
+    assert accuracy > 0.5
+    assert float(told[2]) == pytest.approx(accuracy, abs=1e-3)
+    assert float(trainer.callback_metrics["val_acc"]) == pytest.approx(accuracy, abs=1e-3)
+    assert trainer.current_epoch == 1 and trainer.optimizers[0].state == {}
+
+
+def test_solved_stage__smoothed_labels_are_solved_as_the_step_smooths_them(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Weighted()
+    module.weights, module.smoothing = None, 0.3  # type: ignore[assignment]
+    fit(tmp_path, module, [SOLVED])
+    features, targets = features_of(module, photos()).float(), photos().tensors[1]
+    head: Any = module.net.head[2]
+    logits = head(features).detach().requires_grad_()
+    (slope,) = torch.autograd.grad(F.cross_entropy(logits, targets, label_smoothing=0.3), logits)
+    # the bias has no ridge: its gradient of the step's own loss is zero
+    assert slope.sum(0).abs().max() < 1e-4
+
+
+def test_solved_stage__labels_one_by_one(tmp_path: Path) -> None:
+    class Several(UserModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            return F.binary_cross_entropy_with_logits(self.net(x), F.one_hot(y, 3).float())
+
+        validation_step = training_step  # type: ignore[assignment]
+
+    torch.manual_seed(0)
+    module = Several()
+    fit(tmp_path, module, [SOLVED])
+    head: Any = module.net.head[2]
+    logits = head(features_of(module, photos()).float())
+    shares = logits.sigmoid().mean(0)
+    assert shares.tolist() == pytest.approx([1 / 3] * 3, abs=1e-3)  # what a bias without ridge makes of each label
+
+
+def test_solved_stage__several_views_are_more_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Shifted(TensorDataset):
+        transform: Any = None
+
+        def __getitem__(self, index: Any) -> Any:
+            image, target = super().__getitem__(index)
+            return self.transform(image), target
+
+    def noisy(image: Tensor) -> Tensor:
+        return image + torch.randn(1)
+
+    def plain(image: Tensor) -> Tensor:
+        return image * 1.0
+
+    train, val = (Shifted(*photos(60, seed=seed).tensors) for seed in (0, 1))
+    train.transform, val.transform = noisy, plain
+    torch.manual_seed(0)
+    store = PrecomputeFeatures(tmp_path, num_views=3)
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        quiet_trainer([GradualUnfreeze([SOLVED]), store]).fit(UserModule(), loader(train), loader(val))
+    assert "(180 rows)" in caplog.text
+
+
+def test_solved_stage__without_validation_a_part_is_held_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    with (
+        caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"),
+        pytest.warns(UserWarning, match="validation_step"),
+    ):
+        fit(tmp_path, UserModule(), [SOLVED], val=[])
+    assert "held-out_acc" in caplog.text
+
+
+def test_solved_stage__goes_on_in_a_plan_and_after_a_stop(tmp_path: Path) -> None:
+    plan = [SOLVED, Stage("full", epochs=2, cycle_len=2, lr=0.01, lr_span=1 / 9)]
+
+    class Rates(Callback):
+        def __init__(self) -> None:
+            self.seen: list[float] = []
+
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            self.seen.append(max(group["lr"] for group in trainer.optimizers[0].param_groups))
+
+    def run(ckpt_path: Any = None) -> tuple[dict[str, Tensor], list[float], list[Any]]:
+        torch.manual_seed(0)
+        module, rates = UserModule(), Rates()
+        saving = ModelCheckpoint(tmp_path / "checkpoints", filename="{epoch}", save_top_k=-1)
+        others = [CosineRestarts(), rates, saving]
+        trainer = fit(tmp_path, module, plan, *others, ckpt_path=ckpt_path, trainer={"enable_checkpointing": True})
+        conductor: Any = trainer.callbacks[0]  # type: ignore[attr-defined]
+        return weights_of(module), rates.seen, conductor.journal.rows
+
+    whole, rates, rows = run()
+    assert rates[:6] == [0.0] * 6 and rates[6] == pytest.approx(0.01)
+    assert [row["epochs"] for row in rows] == [1, 2]
+    assert rows[0]["val_acc"] > 0.4
+    for epoch in (0, 1):
+        resumed, _, _ = run(tmp_path / "checkpoints" / f"epoch={epoch}.ckpt")
+        assert same_weights(whole, resumed) == []
+
+
+def test_solved_stage__refuses_what_it_cannot_solve(tmp_path: Path) -> None:
+    deep = UserModule()
+    deep.net.head = deep.head = nn.Sequential(nn.Flatten(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    with pytest.raises(MisconfigurationException, match=r"stage 'head', solve=True: .* one linear layer, .*head\.1"):
+        fit(tmp_path, deep, [SOLVED])
+
+    class Scaled(UserModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(2 * self.net(batch[0]), batch[1])
+
+    with pytest.raises(MisconfigurationException, match="not of the head's own logits"):
+        fit(tmp_path, Scaled(), [SOLVED])
+
+    class Squared(UserModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return (self.net(batch[0]) - F.one_hot(batch[1], 3)).square().mean()
+
+    with pytest.raises(MisconfigurationException, match="one cross entropy"):
+        fit(tmp_path, Squared(), [SOLVED])
+    with pytest.raises(MisconfigurationException, match=r"precompute=True, which PrecomputeFeatures serves"):
+        quiet_trainer([GradualUnfreeze([SOLVED])]).fit(UserModule(), loader())
+
+
+_RANKS = """
+import sys, warnings
+import torch
+torch.set_num_threads(1)
+warnings.simplefilter("ignore")
+from tests.callbacks.test_solved_stage import *
+
+class Report(Callback):
+    def on_train_end(self, trainer, module):
+        torch.save(weights_of(module), Path(sys.argv[1]) / f"{trainer.global_rank}.pt")
+
+torch.manual_seed(0)
+fit(Path(sys.argv[1]), Weighted(), [SOLVED], Report(), trainer={"devices": 2, "strategy": "ddp_fork"})
+"""
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_solved_stage__two_ranks_solve_the_head_of_one(tmp_path: Path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(_RANKS)
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(script), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert same_weights(first, second) == []
+    torch.manual_seed(0)
+    alone = Weighted()
+    fit(tmp_path / "alone", alone, [SOLVED])
+    head: Any = alone.net.head[2]
+    assert (first["net.head.2.weight"] - head.weight.detach()).abs().max() < 1e-5
