@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -291,6 +291,16 @@ class PrecomputeFeatures(StageCallback):
         if "train" in self._datasets:
             views = self._stored["train"].store.layout.num_views
             self._datasets["train"].view = (trainer.current_epoch - run.start_epoch) % views
+
+    def preflight(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stages: Sequence[Stage]) -> None:
+        """Refuses to solve a head that is not linear."""
+        for stage in stages:
+            if stage.solve:
+                *_, head = conductor(trainer).groups.values()
+                try:
+                    linear_head(pl_module, head.parameters())
+                except NotLinearError as reason:
+                    raise MisconfigurationException(f"stage {stage.name!r}, solve=True: {reason}") from None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Has the loaders asked for again, if `configure_optimizers` asked for them before there was a stage.

@@ -233,7 +233,8 @@ class GradualUnfreeze(Conductor):
     def _sets_rates(self, trainer: pl.Trainer) -> bool:
         writers = [player for player in players(trainer) if player.writes_rates]
         return bool(writers) or any(
-            stage.lr is not None or stage.lr_mult != 1 or stage.lr_span is not None for stage in self.stages
+            stage.lr is not None or stage.lr_mult != 1 or stage.lr_span is not None or stage.solve
+            for stage in self.stages
         )
 
     # --- what a stage is ---------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def photos(num: int = 48, seed: int = 0) -> TensorDataset:
     generator = torch.Generator().manual_seed(seed)
     targets = torch.arange(num) % 3
     images = torch.randn(num, 3, 12, 12, generator=generator)
-    images += 0.25 * F.one_hot(targets, 3)[:, :, None, None] + 0.5 * torch.randn(num, 3, 1, 1, generator=generator)
+    images += 1.5 * F.one_hot(targets, 3)[:, :, None, None] + 0.7 * torch.randn(num, 3, 1, 1, generator=generator)
     return TensorDataset(images, targets)
 
 
@@ -181,12 +181,12 @@ def test_solved_stage__goes_on_in_a_plan_and_after_a_stop(tmp_path: Path) -> Non
         others = [CosineRestarts(), rates, saving]
         trainer = fit(tmp_path, module, plan, *others, ckpt_path=ckpt_path, trainer={"enable_checkpointing": True})
         conductor: Any = trainer.callbacks[0]  # type: ignore[attr-defined]
-        return weights_of(module), rates.seen, conductor.journal.rows
+        return weights_of(module), rates.seen, conductor.journal.state_dict()["rows"]
 
     whole, rates, rows = run()
-    assert rates[:6] == [0.0] * 6 and rates[6] == pytest.approx(0.01)
+    assert rates[:6] == [0.0] * 6 and rates[6] == pytest.approx(0.01, rel=0.05)
     assert [row["epochs"] for row in rows] == [1, 2]
-    assert rows[0]["val_acc"] > 0.4
+    assert rows[0]["best"] > 0.5
     for epoch in (0, 1):
         resumed, _, _ = run(tmp_path / "checkpoints" / f"epoch={epoch}.ckpt")
         assert same_weights(whole, resumed) == []
@@ -212,7 +212,7 @@ def test_solved_stage__refuses_what_it_cannot_solve(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match="one cross entropy"):
         fit(tmp_path, Squared(), [SOLVED])
     with pytest.raises(MisconfigurationException, match=r"precompute=True, which PrecomputeFeatures serves"):
-        quiet_trainer([GradualUnfreeze([SOLVED])]).fit(UserModule(), loader())
+        quiet_trainer([GradualUnfreeze([SOLVED])]).fit(UserModule(), loader(), loader())
 
 
 _RANKS = """
