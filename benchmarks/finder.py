@@ -30,6 +30,7 @@ import lightning.pytorch as pl
 import numpy as np
 import timm
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -41,7 +42,9 @@ from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.features.solve import HeadRows, solve_head
 from lightning_unfreeze.layers.groups import layer_groups
 from lightning_unfreeze.layers.param_groups import rate_ratios
+from lightning_unfreeze.stages import range_test_rules
 from lightning_unfreeze.stages.plan import Stage
+from lightning_unfreeze.stages.range_test_rules import debiased_ema
 
 SPAN = 1 / 9
 CHOSEN_ON, CONFIRMED_ON = ("monkeys10", "rsscn7"), ("flowers5",)
@@ -225,23 +228,54 @@ def read(cell: dict[str, Any], stage: str) -> dict[str, Any]:
     best = max(grid, key=lambda rate: grid[rate])
     answer = curve.answer()
     row = {key: cell[key] for key in ("set", "backbone", "batch", "seed")} | {"stage": stage, "end": answer.end}
+    row["answered_before"] = answered_in_0_1_0(curve)
     row |= {"lr": answer.rate, "best_lr": best, "best": grid[best], "before": told["before"]}
     if answer.rate is not None:
         row["acc"] = float(np.interp(np.log(answer.rate), np.log(rates), [grid[rate] for rate in rates]))
     return row
 
 
+def answered_in_0_1_0(curve: RangeTest) -> bool:
+    """Whether the test for a signal that version 0.1.0 made lets the curve through."""
+    read = slice(len(curve.lrs) // 10, max(0, len(curve.lrs) - 5))
+    return bool(range_test_rules._has_signal(debiased_ema(curve.losses, 0.98)[read]))
+
+
+def picture(cells: list[dict[str, Any]], file: Path, num: int = 6) -> None:
+    """Curves of the full stage that 0.1.0 gave no rate for, with the rate that they give now."""
+    found = []
+    for cell in cells:
+        curve = RangeTest(cell["full"]["lrs"], cell["full"]["losses"], "valley")
+        if not answered_in_0_1_0(curve):
+            found.append((f"{cell['set']}, batch {cell['batch']}", curve))
+    chosen = found[:: max(1, len(found) // num)][:num]
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    for axis, (title, curve) in zip(figure.subplots(2, 3, sharex=True).flat, chosen, strict=False):
+        answer = curve.answer()
+        axis.plot(curve.lrs, curve.losses, ".", color="0.75", markersize=3)
+        axis.plot(curve.lrs, curve.smoothed, color="black", linewidth=1.2)
+        axis.axvline(answer.rate, color="C0", linewidth=2)
+        if answer.rise:
+            axis.axvline(answer.rise, color="0.5", linestyle="--", linewidth=1)
+        axis.set(xscale="log", ylim=(0, 5 * float(np.median(curve.losses[:30]))))
+        axis.set_title(f"{title}: {answer.rate:.1e}, {answer.end}", fontsize=8)
+    figure.supxlabel("learning rate", fontsize=9)
+    figure.supylabel("training loss", fontsize=9)
+    figure.savefig(file, dpi=80)
+
+
 def report(cells: list[dict[str, Any]]) -> str:
     rows = [read(cell, stage) for cell in cells for stage in ("head", "full")]
     lines = [
-        "| set | backbone | batch | stage | before | grid's best | suggested | read off | accuracy | points short |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| set | backbone | batch | stage | before | grid's best | suggested | read off | accuracy | short | 0.1.0 |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda row: (row["stage"], row["set"], row["backbone"], row["batch"], row["seed"])):
         answered = f"{row['lr']:.1e} | {row['end']} | {row['acc']:.3f} | {100 * (row['best'] - row['acc']):.1f}"
         lines.append(
             f"| {row['set']} | {row['backbone']} | {row['batch']} | {row['stage']} | {row['before']:.3f} | "
-            f"{row['best']:.3f} at {row['best_lr']:g} | {answered if row['lr'] else '- | none | - | -'} |"
+            f"{row['best']:.3f} at {row['best_lr']:g} | {answered if row['lr'] else '- | none | - | -'} | "
+            f"{'a rate' if row['answered_before'] else 'none'} |"
         )
     lines.append("")
     for names, stage in itertools.product((CHOSEN_ON, CONFIRMED_ON), ("head", "full")):
@@ -270,6 +304,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2, help="of the full stage")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--picture", type=Path, help="a PNG of curves that version 0.1.0 gave no rate for")
     options = parser.parse_args()
     if options.device == "cpu":
         torch.set_num_threads(1)
@@ -284,7 +319,10 @@ def main() -> None:
             cell = measure(options, name, backbone, batch, seed)
             file.write_text(json.dumps(cell))
             print(file.stem, {stage: cell[stage]["grid"] for stage in ("head", "full")}, flush=True)
-    print(report([json.loads(file.read_text()) for file in sorted(options.out.glob("*.json"))]))
+    cells = [json.loads(file.read_text()) for file in sorted(options.out.glob("*.json"))]
+    print(report(cells))
+    if options.picture:
+        picture(cells, options.picture)
 
 
 if __name__ == "__main__":

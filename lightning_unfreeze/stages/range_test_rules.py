@@ -23,7 +23,7 @@ _STILL_CLEAR = 0.5  # share of the steepest slope that counts as clearly improvi
 _WANDERING, _WHITE = 2.5, 4.5
 _WHITE_BELOW = -0.37  # lag-1 correlation of the differences: -0.5 for white noise, near -0.1 for smoothed noise
 _FLOAT32_NOISE = 1e-6
-_PLAIN_FALL = 0.05  # of the level, and a tenth of the rise after it: a fall that anyone sees, whatever the noise
+_PLAIN_FALL, _PLAIN_RISE = 0.05, 0.25  # of the level: what anyone sees, whatever the noise
 _BELOW_RISE = 20  # measured: benchmarks/results/finder.md
 _CLEAR_NOISE = 4.0  # standard deviations of a mean of points
 
@@ -34,18 +34,9 @@ def exponential_ramp(start: float, end: float, num_steps: int) -> FloatArray:
     >>> exponential_ramp(0.001, 1, 4).round(3).tolist()
     [0.001, 0.01, 0.1, 1.0]
     """
-    _check_ramp(start, end, num_steps)
+    check(0 < start < end < float("inf"), "(start, end)", (start, end), "rates with 0 < start < end")
+    check(num_steps >= 2, "num_steps", num_steps, "at least 2")
     return np.geomspace(start, end, num_steps)
-
-
-def linear_ramp(start: float, end: float, num_steps: int) -> FloatArray:
-    """`num_steps` rates from `start` to `end`, both included, equally spaced.
-
-    >>> linear_ramp(0.25, 1, 4).tolist()
-    [0.25, 0.5, 0.75, 1.0]
-    """
-    _check_ramp(start, end, num_steps)
-    return np.linspace(start, end, num_steps)
 
 
 def debiased_ema(losses: Sequence[float] | NDArray[Any], beta: float = 0.98) -> FloatArray:
@@ -124,7 +115,7 @@ def suggest_lr(lrs: ArrayLike, losses: ArrayLike, method: SuggestionMethod = "va
       the curve (at least one point) to each side.
 
     Where it does not fall, after a head has converged say, the information is where it starts to rise: a twentieth of
-    the rate of that point (`rise_start`), by any method.
+    the rate of that point (`rise_start`), by any method. A curve rises if, read backwards, it falls.
 
     A curve falls if the fall, from the median of the first tenth to the lowest loss behind it, is plain or more than
     noise alone would give. Plain: more than a twentieth of the level and a tenth of the rise that follows. Noise is
@@ -179,7 +170,7 @@ def read_curve(
         rates, curve, points = rates[: bad[0]], curve[: bad[0]], points[: bad[0]]
     if curve.size < (_SLIDE_WIDTH + 1 if method == "slide" else _MIN_POINTS):
         return Answer(None, "none")
-    rise = rise_start(rates, points)
+    rise = rise_start(rates, points) if measured is not None or _rises(curve) else None
     if _falls(curve) if measured is None else _clearly_falls(points):
         return Answer(float(_RULES[method](rates, curve)), "fall", rise)
     if rise is not None:
@@ -240,15 +231,20 @@ def _clearly_falls(points: FloatArray) -> bool:
 
 
 def _falls(curve: FloatArray) -> bool:
-    return _has_signal(curve) or _falls_plainly(curve)
+    return _has_signal(curve) or _falls_plainly(curve, _PLAIN_FALL)
 
 
-def _falls_plainly(curve: FloatArray) -> bool:
+def _rises(curve: FloatArray) -> bool:
+    backwards = curve[::-1]
+    return _has_signal(backwards) or _falls_plainly(backwards, _PLAIN_RISE)
+
+
+def _falls_plainly(curve: FloatArray, share: float) -> bool:
     head, lowest = max(1, curve.size // 10), int(curve.argmin())
     level = float(np.median(curve[:head]))
     fall, rise = level - curve[lowest], float(curve[lowest:].max() - curve[lowest])
     alternates = _lag_1_correlation(np.diff(curve)) < _WHITE_BELOW
-    return bool(lowest >= head and fall > max(_PLAIN_FALL * abs(level), rise / 10) and not alternates)
+    return bool(lowest >= head and fall > max(share * abs(level), rise / 10) and not alternates)
 
 
 def _has_signal(curve: FloatArray) -> bool:
@@ -314,8 +310,3 @@ _RULES: dict[str, Callable[[FloatArray, FloatArray], float]] = {
     "steep": _steep,
     "still_improving": _still_improving,
 }
-
-
-def _check_ramp(start: float, end: float, num_steps: int) -> None:
-    check(0 < start < end < float("inf"), "(start, end)", (start, end), "rates with 0 < start < end")
-    check(num_steps >= 2, "num_steps", num_steps, "at least 2")

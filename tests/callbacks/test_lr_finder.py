@@ -335,12 +335,16 @@ def test_range_test__rules_read_the_smoothed_curve_without_its_ends() -> None:
     curve = RangeTest(lrs, [2 - step / 40 for step in range(40)], "minimum/10")
     average, smoothed = 0.0, []
     for step in range(40):
-        average = 0.98 * average + 0.02 * (2 - step / 40)
-        smoothed.append(average / (1 - 0.98 ** (step + 1)))
+        average = 0.9 * average + 0.1 * (2 - step / 40)
+        smoothed.append(average / (1 - 0.9 ** (step + 1)))
     assert curve.smoothed == pytest.approx(smoothed)
     # points 4 to 34 are read, and all of them fall: their lowest is the last, their valley the 15th (31 // 3 + 31 // 6)
     assert curve.suggestion == pytest.approx(lrs[34] / 10)
     assert curve.suggestions()["valley"] == pytest.approx(lrs[4 + 14])
+    assert curve.answer().end == "fall"
+    rising = RangeTest(lrs, [2 + 2 ** max(0, step - 25) / 8 for step in range(40)], "valley")
+    assert rising.answer().end == "rise" and lrs[24] < rising.answer().rise < lrs[32]
+    assert set(rising.suggestions().values()) == {rising.answer().rise / 20}
     assert [row["lr"] for row in curve.rows()] == lrs
     assert RangeTest(lrs, [2.0] * 40, "valley").suggestion is None
     assert RangeTest(lrs[:3], [2.0, 1.0, math.nan], "valley").suggestion is None
@@ -382,13 +386,76 @@ def test_finder__works_alone_and_keeps_the_users_ratios() -> None:
 def test_finder__without_a_signal_keeps_the_rates_or_stops() -> None:
     keep = LRFinderPerStage(num_steps=40)
     trainer = quiet_trainer([keep], max_epochs=1)
-    with pytest.warns(UserWarning, match=r"stage 'fit': no signal .* from 1e-06 to 1\).*give the stage an lr"):
+    with pytest.warns(UserWarning, match=r"stage 'fit': no signal .* from 1e-06 to 1\).*the rates stay as they are"):
         trainer.fit(Scripted([2.0]), numbers())
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.01
     with pytest.raises(MisconfigurationException, match="no signal"):
         quiet_trainer([LRFinderPerStage(num_steps=40, on_no_signal="error")], max_epochs=1).fit(
             Scripted([2.0]), numbers()
         )
+
+
+class TwoStages(Scripted):
+    """The head's curve falls and then blows up; that of the full stage is flat, or rises."""
+
+    def __init__(self, full: list[float | None], head: list[float | None] | None = None) -> None:
+        falls: list[float | None] = [2.0] * 20 + [2.0 - 0.05 * step for step in range(30)] + [0.5] * 50
+        super().__init__(head or falls)
+        self.full = full
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        if self.backbone.weight.requires_grad and self.script is not self.full:
+            self.script, self.step = self.full, 0
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(("lr", "expected"), [("find", None), (0.02, 0.002)])
+def test_finder__without_a_signal_a_stage_takes_the_last_ones_rate(lr: Any, expected: float | None) -> None:
+    finder = LRFinderPerStage(apply=True)
+    plan = [
+        Stage("head", train="head", epochs=1, lr=lr),
+        Stage("top", train="all", epochs=1, lr="find", lr_mult=0.5),
+        Stage("again", train="all", epochs=1, lr="find", lr_mult=0.5),
+    ]
+    trainer = quiet_trainer([GradualUnfreeze(plan), finder])
+    with pytest.warns(
+        UserWarning, match=r"stage '(top|again)': no signal .* it takes .* the last stage's rate"
+    ) as told:
+        trainer.fit(TwoStages([1.0]), numbers())
+    assert [("a tenth of" in str(one.message)) for one in told if "no signal" in str(one.message)] == [True, True]
+    expected = expected or finder.results["head"].suggestion / 10  # type: ignore[operator]
+    rates = {group["layer_group"]: group["lr"] for group in trainer.optimizers[0].param_groups}
+    assert rates == pytest.approx({"backbone": expected / 2, "head": expected})
+
+
+def test_finder__a_curve_that_only_rises_sets_a_rate_below_the_rise(caplog: pytest.LogCaptureFixture) -> None:
+    noise = random.Random(0)
+    script: list[float | None] = [0.4 + noise.gauss(0, 0.05) + max(0.0, (step - 60) / 10) ** 2 for step in range(100)]
+    finder = LRFinderPerStage()
+    trainer = quiet_trainer([GradualUnfreeze([Stage("full", epochs=1, lr="find", lr_span=0.25)]), finder])
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        trainer.fit(Scripted(script), numbers())
+    result = finder.results["full"]
+    answer = result.answer()
+    assert answer.end == "rise" and 10 ** (-6 + 6 * 60 / 99) < answer.rise < 10 ** (-6 + 6 * 70 / 99)  # type: ignore[operator]
+    assert "below the rise from" in caplog.text
+    rates = {group["layer_group"]: group["lr"] for group in trainer.optimizers[0].param_groups}
+    assert rates == pytest.approx({"backbone": answer.rise / 80, "head": answer.rise / 20})  # type: ignore[operator]
+    names = [text.get_text() for text in result.plot().axes[0].get_legend().get_texts()]
+    assert f"below the rise: {answer.rate:.2g} (chosen)" in names
+    assert f"rises from {answer.rise:.2g} on" in names
+
+
+@pytest.mark.filterwarnings("ignore:stage .* no signal")
+def test_finder__batches_that_are_none_are_left_out_as_in_training() -> None:
+    def none_for_3(samples: list[Any]) -> Any:
+        return None if any(float(sample[0]) == 3 for sample in samples) else torch.utils.data.default_collate(samples)
+
+    finder = LRFinderPerStage(num_steps=20, apply=False)
+    data: Any = DataLoader(TensorDataset(torch.arange(6.0)[:, None]), batch_size=2, collate_fn=none_for_3)
+    with pytest.warns(UserWarning, match="yielded None"):
+        quiet_trainer([finder], max_epochs=1).fit(Scripted([2.0]), data)
+    assert finder.results["fit"].losses == [2.0] * 20
 
 
 def test_finder__only_stages_that_ask_are_searched() -> None:

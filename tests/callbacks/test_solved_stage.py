@@ -164,6 +164,7 @@ def test_solved_stage__without_validation_a_part_is_held_out(tmp_path: Path, cap
     assert "held-out_acc" in caplog.text
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
 def test_solved_stage__goes_on_in_a_plan_and_after_a_stop(tmp_path: Path) -> None:
     plan = [SOLVED, Stage("full", epochs=2, cycle_len=2, lr=0.01, lr_span=1 / 9)]
 
