@@ -296,7 +296,8 @@ class PrecomputeFeatures(StageCallback):
         """Refuses to solve a head that is not linear."""
         for stage in stages:
             if stage.solve:
-                *_, head = conductor(trainer).groups.values()
+                leading: Any = conductor(trainer)  # a plan's, which has layer groups
+                *_, head = leading.groups.values()
                 try:
                     linear_head(pl_module, head.parameters())
                 except NotLinearError as reason:

@@ -218,6 +218,8 @@ class Stage:
             needs[f"cycle_len={self.cycle_len}"] = "CosineRestarts"
         if self.until == "plateau":
             needs["until='plateau'"] = "CosineRestarts"
+        if self.solve:
+            needs["solve=True"] = "PrecomputeFeatures"
         if self.image_size_px is not None:
             needs[f"image_size_px={self.image_size_px}"] = "ImageSizePerStage"
         return needs
