@@ -137,6 +137,12 @@ class TransferClassifier(pl.LightningModule):
         """How images are prepared, in timm's words: as in training, before any as the backbone expects."""
         return dict(self._data_config)
 
+    @property
+    def has_drawn_head(self) -> bool:
+        """Whether the head is as it was drawn: neither trained nor loaded."""
+        now = dict(self.model.named_parameters())
+        return all(key in now and _size_of(now[key]) == size for key, size in self._drawn.items())
+
     # --- what it knows, and the data -------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
@@ -249,8 +255,7 @@ class TransferClassifier(pl.LightningModule):
         run = self.trainer.state.fn
         if run is None or run == TrainerFn.FITTING:
             return
-        now = dict(self.model.named_parameters())
-        if all(key in now and _size_of(now[key]) == size for key, size in self._drawn.items()):
+        if self.has_drawn_head:
             rank_zero_warn(
                 "The head of this model is as it was drawn, at random: its answers mean nothing. Give a checkpoint: "
                 f"--ckpt_path FILE, or trainer.{run.value}(..., ckpt_path=FILE)."

@@ -339,6 +339,91 @@ def test_error__of_a_missing_extra_says_what_to_install(
     assert "lightning-unfreeze[study]" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_error__of_a_head_that_was_never_trained_asks_for_the_checkpoint(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_one_line([command, *QUICK], rf"{command} without --ckpt_path FILE.*at random", capsys)
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        (["--stage.heads.lr", "0.1"], r"--stage.heads: .*no such stage.*head_on_features, head_augmented, full"),
+        (["--stage.full.rate=0.1"], r"--stage.full.rate: .*OPTION one of train, epochs, lr"),
+        (["--stage.full.lr=-1"], r"lr=-1.*above 0"),
+        (["--stage.full.lr"], r"--stage.full.lr: give a value"),
+    ],
+)
+def test_error__of_a_stage_option_is_one_line(option: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_one_line(["fit", *QUICK, *option], says, capsys)
+
+
+def test_stage_option__changes_one_stage_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    def epochs_of(*options: str) -> dict[str, str]:
+        main(["plan", *QUICK, *options])
+        cells = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines() if "│" in line]
+        numbers = {row[0]: [cell for cell in row if cell.isdigit()] for row in cells}
+        return {name: found[1] for name, found in numbers.items() if len(found) > 1}  # after the parameters
+
+    before, after = epochs_of(), epochs_of("--stage.head_augmented.num_cycles", "7", "--stage.full.lr=2e-3")
+    assert {name for name in before if before[name] != after[name]} == {"head_augmented"}
+    assert after["head_augmented"] == "7"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a fit on two shades, and the photos it learnt from."""
+    folder = tmp_path_factory.mktemp("trained")
+    photos(folder / "photos")
+    stages = [{"name": "full", "epochs": 6, "lr": 0.003}]
+    config = {
+        "trainer": {
+            "default_root_dir": str(folder),
+            "logger": {
+                "class_path": "lightning.pytorch.loggers.CSVLogger",
+                "init_args": {"save_dir": str(folder), "name": None},
+            },
+            "callbacks": [{"class_path": "GradualUnfreeze", "init_args": {"stages": stages}}],
+        },
+        "model": {"class_path": "TransferClassifier"},
+        "data": {"class_path": "ImageFolderData"},
+    }
+    (folder / "own.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", str(folder / "own.yaml"), *own_photos_arguments(folder / "photos"), *TINY])
+    (path,) = folder.rglob("*.ckpt")
+    return path
+
+
+def test_predict__of_photos_needs_the_checkpoint_alone(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = checkpoint.parents[2] / "photos" / "val"
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    main(["predict", "--ckpt_path", str(checkpoint), str(folder / "ants" / "0.jpg"), str(folder), str(tmp_path)])
+    captured = capsys.readouterr()
+    assert captured.out.count("ants ") == 5  # one by itself, four in the folder
+    assert "bad.jpg" in captured.err and "1 not readable" in captured.out
+    rows = [line for line in captured.out.splitlines() if ".jpg" in line]
+    assert [re.search(r"(\w+) [0-9.]+%", line).group(1) == line.split("/")[-2] for line in rows] == [True] * 5  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["photo.jpg"], r"need --ckpt_path FILE"),
+        (["--ckpt_path", "nowhere.ckpt", "photo.jpg"], r"no such file"),
+        (["--ckpt_path", "nowhere.ckpt", "--data.root=x", "photo.jpg"], r"--data.root=x: .*--ckpt_path alone"),
+    ],
+)
+def test_error__of_photos_on_the_command_line(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["predict", *arguments])
+    assert re.search(says, capsys.readouterr().err)
+
+
 USERS_CODE = {
     "step": "first, second = [1, 2, 3]",
     "inside a library": "torch.tensor([1]).mean() if batch is None else np.zeros((2, 3)).reshape(4)",

@@ -9,9 +9,13 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_warn
 
 import lightning_unfreeze
+from lightning_unfreeze.callbacks.predictions import PredictionsCSV
 from lightning_unfreeze.cli.errors import cause
+from lightning_unfreeze.cli.options import StageOptions, change_stages
+from lightning_unfreeze.module import TransferClassifier
 
 for _name in lightning_unfreeze.__all__:  # the parser knows a short class name once its class is loaded
     getattr(lightning_unfreeze, _name)
@@ -29,7 +33,14 @@ class OneLineParser(LightningArgumentParser):
 class UnfreezeCLI(LightningCLI):
     """LightningCLI for any LightningModule and LightningDataModule; the plan sets the number of epochs."""
 
-    def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
+    def __init__(
+        self,
+        args: Sequence[str] | None = None,
+        run: bool = True,
+        stage_options: StageOptions | None = None,
+        all_probabilities: bool = False,
+    ) -> None:
+        self._stage_options, self._all_probabilities = stage_options or {}, all_probabilities
         super().__init__(
             pl.LightningModule,
             pl.LightningDataModule,
@@ -46,6 +57,11 @@ class UnfreezeCLI(LightningCLI):
             run=run,
         )
 
+    def before_instantiate_classes(self) -> None:
+        """Changes single stages, as the command line says."""
+        if self._stage_options:
+            change_stages(self._get(self.config, "trainer").callbacks, self._stage_options)
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The Trainer of the config.
 
@@ -53,6 +69,34 @@ class UnfreezeCLI(LightningCLI):
             MisconfigurationException: For options that go together badly, e.g. a callback that is listed twice.
         """
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (RuntimeError, TypeError) as error:  # no user's code has run yet, so it is the config's fault
             raise MisconfigurationException(str(error)) from error
+        if self.subcommand == "predict" and not any(isinstance(each, PredictionsCSV) for each in trainer.callbacks):  # type: ignore[attr-defined]
+            trainer.callbacks.append(PredictionsCSV(all_probabilities=self._all_probabilities))  # type: ignore[attr-defined]
+        return trainer
+
+    def before_validate(self) -> None:
+        """Refuses a head that was never trained."""
+        self._need_weights()
+
+    def before_test(self) -> None:
+        """Refuses a head that was never trained."""
+        self._need_weights()
+
+    def before_predict(self) -> None:
+        """Refuses a head that was never trained."""
+        self._need_weights()
+
+    def _need_weights(self) -> None:
+        if self._get(self.config_init, "ckpt_path") is not None:
+            return
+        if isinstance(self.model, TransferClassifier) and self.model.has_drawn_head:
+            raise MisconfigurationException(
+                f"{self.subcommand} without --ckpt_path FILE: the head of the model is drawn at random, its answers "
+                "would mean nothing. Give the checkpoint of a fit (runs/.../checkpoints/*.ckpt)."
+            )
+        rank_zero_warn(
+            f"{self.subcommand} without --ckpt_path: the weights are those that {type(self.model).__name__} starts "
+            "with, no fit's."
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lightning_unfreeze.cli.options import take_stage_options
 from lightning_unfreeze.cli.parser import UnfreezeCLI
 from lightning_unfreeze.preview.costs import plan_rows
 from lightning_unfreeze.reporting import show, table_of
@@ -11,7 +12,9 @@ from lightning_unfreeze.reporting import show, table_of
 
 def main(arguments: Sequence[str]) -> None:
     """Prints the table; trains nothing."""
-    cli = UnfreezeCLI(arguments[1:], run=False)
+    left = list(arguments[1:])
+    stage_options = take_stage_options(left)
+    cli = UnfreezeCLI(left, run=False, stage_options=stage_options)
     rows = plan_rows(cli.trainer, cli.model, cli.datamodule)
     show(table_of(rows, title="plan (nothing was trained)"))
     epochs, minutes = (sum(row[name] for row in rows) for name in ("epochs", "minutes"))
