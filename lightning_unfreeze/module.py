@@ -150,6 +150,12 @@ class TransferClassifier(pl.LightningModule):
         datamodule = getattr(self.trainer, "datamodule", None)
         if stage == "predict" or datamodule is None or not hasattr(datamodule, "num_classes"):
             return
+        several = getattr(datamodule, "multi_label", None)
+        if several is not None and several != isinstance(self.task, MultiLabel):
+            wanted, given = ("num_labels", "several labels") if several else ("num_classes", "one class")
+            raise MisconfigurationException(
+                f"The data has {given} per image: build the model with {wanted}={datamodule.num_classes}."
+            )
         names: Sequence[str] | None = getattr(datamodule, "class_names", None)
         if names is not None and self.class_names is not None:
             self._meet(self.class_names, datamodule, is_loaded=False)

@@ -362,6 +362,17 @@ def test_balanced__takes_the_counts_of_the_data_and_asks_for_them_where_there_ar
     assert module.loss_weights.tolist() == pytest.approx([8 / 9, 8 / 9, 8 / 6])
 
 
+@pytest.mark.parametrize(
+    ("several", "says"), [(True, r"several labels.*num_labels=3"), (False, r"one class.*num_classes=3")]
+)
+def test_setup__data_of_the_other_kind_is_refused_at_the_start(several: bool, says: str) -> None:
+    data = Labelled(["a", "b", "c"])
+    data.multi_label = several  # type: ignore[attr-defined]
+    module = TransferClassifier("digits_resnet", **{"num_classes" if several else "num_labels": 3})
+    with pytest.raises(MisconfigurationException, match=says):
+        trainer(max_epochs=1).fit(module, datamodule=data)
+
+
 def test_label_smoothing__of_labels_moves_both_ends() -> None:
     task = MultiLabel(1, label_smoothing=0.2)
     loss = task.training_loss(torch.tensor([[0.7]]), torch.tensor([[1]]), None).item()

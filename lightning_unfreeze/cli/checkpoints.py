@@ -23,10 +23,9 @@ def load_classifier(path: str | Path) -> TransferClassifier:
     module, _, name = options.get("_class_path", "lightning_unfreeze.TransferClassifier").rpartition(".")
     kind = getattr(import_module(module), name)
     if not issubclass(kind, TransferClassifier) or "backbone" not in options:
-        raise ValueError(
-            f"ckpt_path={str(path)!r} is of {module}.{name}: this command serves TransferClassifier alone."
-        )
-    return kind.load_from_checkpoint(path, map_location="cpu").eval()
+        raise ValueError(f"ckpt_path={str(path)!r} is of {module}.{name}: give one of a TransferClassifier.")
+    classifier: TransferClassifier = kind.load_from_checkpoint(path, map_location="cpu")
+    return classifier.eval()
 
 
 def config_beside(path: str | Path) -> Path | None:
