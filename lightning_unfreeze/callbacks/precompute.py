@@ -2,50 +2,66 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from torchmetrics import Metric
 
 from lightning_unfreeze.callbacks.base import StageCallback, StageRun, conductor
 from lightning_unfreeze.data.datasets import transform_of, with_transform
-from lightning_unfreeze.features.batch_form import BatchForm, NoStoreError
+from lightning_unfreeze.features.batch_form import NoStoreError
 from lightning_unfreeze.features.fill import FeaturePass, StoredData, together
 from lightning_unfreeze.features.head_rows import NotLinearError, head_rows, linear_head
+from lightning_unfreeze.features.key import fingerprint_of, transform_fingerprint
 from lightning_unfreeze.features.layout import StoreDtype
 from lightning_unfreeze.features.prefix import FrozenPrefix
 from lightning_unfreeze.features.serve import (
     FeatureDataset,
+    StoredBatch,
+    ViewBatches,
     ViewedData,
     check_loader,
     evaluation_transform,
     feature_loader,
+    is_own_batching,
+    pass_size,
     plain_dataset,
     probe_batch,
+    probe_feed,
 )
-from lightning_unfreeze.features.shortcut import Host, check_step, find_shortcut, installed, seconds, step_seconds
+from lightning_unfreeze.features.shortcut import Host, check_step, find_shortcut, seconds, step_seconds
 from lightning_unfreeze.features.solve import HeadRows, solve_head
 from lightning_unfreeze.features.store import prune
 from lightning_unfreeze.inside_lightning.distributed import gather_objects
 from lightning_unfreeze.inside_lightning.loaders import load_validation
 from lightning_unfreeze.inside_lightning.sandbox import in_eval_mode, sandbox
 from lightning_unfreeze.inside_lightning.steps import StepName, batch_on_device, step_output, training_loss
+from lightning_unfreeze.inside_lightning.transfer import (
+    mode_of,
+    pass_transfer_hooks,
+    transfer_hooks,
+    use_transfer_hooks,
+)
+from lightning_unfreeze.layers.kept import kept
 from lightning_unfreeze.reporting import progress_bar
 from lightning_unfreeze.seeding import keyed_rng
 from lightning_unfreeze.stages.plan import Stage
 
 _PROBE_IMAGES = 8
 _SOLVED_ROWS = 512  # rows of the store that go to the head at once
+_DRAWS = 4
 _CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "policy": ("auto", "always"),
@@ -112,10 +128,10 @@ class PrecomputeFeatures(StageCallback):
         self.cached_batch_size, self.eval_transform = cached_batch_size, eval_transform
         self.data_fingerprint, self.max_bytes, self.verify, self.seed = data_fingerprint, max_bytes, verify, seed
         self._stored: dict[str, StoredData] = {}
-        self._datasets: dict[str, FeatureDataset] = {}
+        self._source: FeatureDataset | ViewBatches | None = None
         self._earlier: list[StoredData] = []
         self._stage_index: int | None = None
-        self._decided: dict[str, bool] = {}
+        self._decided: dict[str, Literal["features", "views", "images"]] = {}
         self._sources: list[tuple[Any, _DataLoaderSource]] = []
 
     # --- the request for a loader ----------------------------------------------------------------------------------
@@ -145,50 +161,56 @@ class PrecomputeFeatures(StageCallback):
         if self._stage_index != run.index:
             self._leave_stage()
             self._stage_index = run.index
-        loader = make()
+        loader, name = make(), run.stage.name
         if (run.planned and not run.stage.precompute) or (split == "val" and "train" not in self._stored):
             return loader
-        if split == "train" and self._decided.get(run.stage.name) is False:
-            return loader  # a resumed run goes on as it began, whatever a clock or a disk says today
-        frozen = head.frozen_roots()
+        if split == "val" and (isinstance(trainer.limit_val_batches, int) or trainer.limit_val_batches < 1):
+            return loader  # the pass would read images that are never looked at
+        if split == "train" and self._decided.get(name) == "images":
+            return loader  # a resumed run goes on as it began, whatever a disk says today
+        host, frozen, data, stored = _host(trainer), head.frozen_roots(), None, None
         try:
             # the loaders are asked for before the frozen modules are put in eval mode for training
             with self._shortcuts_removed(), in_eval_mode(*frozen):
-                stored = self._stored_data(trainer, run, split, loader)
+                data = together(host, lambda: self._viewed_data(trainer, host, run, split, loader))
+                if self._decided.get(name) != "views":
+                    stored = self._stored_data(trainer, host, run, data)
         except NoStoreError as reason:
             if run.stage.solve and split == "train":
                 raise MisconfigurationException(
-                    f"stage {run.stage.name!r}: solve=True needs stored features, and there can be none: {reason}"
+                    f"stage {name!r}: solve=True needs stored features, and there can be none: {reason}"
                 ) from None
-            stored = None
-            rank_zero_warn(
-                f"stage {run.stage.name!r} reads its {split} images as usual, without stored features: {reason}"
-            )
+            prefix_found = isinstance(reason, _NotFilledError)
+            data = data if prefix_found and split == "train" else None
+            rank_zero_warn(f"stage {name!r} reads its {split} images as usual, without stored features: {reason}")
         if split == "train":
-            self._decided[run.stage.name] = stored is not None
-        if stored is None:
+            self._decided[name] = "features" if stored is not None else "images" if data is None else "views"
+        if stored is None and (data is None or split == "val"):
             return loader
-        self._stored[split] = stored
-        self._datasets[split] = FeatureDataset(stored.store, stored.data.form, stored.prefix)
-        self._choose_view(trainer, run)
-        size = self.cached_batch_size if split == "train" else None
-        return feature_loader(loader, self._datasets[split], size, self.seed)
+        source: FeatureDataset | ViewBatches
+        if stored is not None:
+            self._stored[split] = stored
+            source = FeatureDataset(stored.store, stored.data.form, stored.prefix)
+            pass_transfer_hooks(trainer.lightning_module, StoredBatch)
+        else:  # the same views in the same order: a store is a matter of speed alone
+            source = ViewBatches(loader, data.views, self.seed)  # type: ignore[union-attr]
+        if split == "train":
+            self._source = source
+            self._choose_view(trainer, run)
+        return feature_loader(loader, source, self.cached_batch_size if split == "train" else None, self.seed)
 
-    def _stored_data(
-        self, trainer: pl.Trainer, run: StageRun, split: Literal["train", "val"], loader: Any
-    ) -> StoredData | None:
-        """The store of the split, filled if need be; None if it would not pay.
+    def _stored_data(self, trainer: pl.Trainer, host: Host, run: StageRun, data: ViewedData) -> StoredData | None:
+        """The store of the data, filled if need be; None if it would not pay.
 
         Raises:
             NoStoreError: If there can be none, on all ranks alike.
         """
-        host = _host(trainer)
-        if split == "val" and (isinstance(trainer.limit_val_batches, int) or trainer.limit_val_batches < 1):
-            return None  # the pass would read images that are never looked at
-        data = together(host, lambda: self._viewed_data(trainer, run, split, loader))
-        reason = ""
+        reason, owners = "", [*trainer.callbacks, trainer.lightning_module]  # type: ignore[attr-defined]
         with host.aside(), torch.enable_grad():
-            if split == "train":
+            if data.name == "train":
+                writer = together(host, lambda: _who_changes_batches(trainer, owners, data))
+                if writer:
+                    raise NoStoreError(f"{writer} changes the batch, which is to be done to images, not to features")
                 prefix, reason = together(host, lambda: find_shortcut(host, data))
             else:
                 prefix = self._stored["train"].prefix
@@ -202,26 +224,34 @@ class PrecomputeFeatures(StageCallback):
             rank_zero_warn(f"stored features are computed anew: {problem}")
         if stored is None:
             earlier = next((one for one in self._earlier if work.follows(one)), None)
-            if split == "train" and not self._pays(trainer, run, work, earlier):
+            if data.name == "train" and not self._pays(trainer, run, work, earlier):
                 return None
-            stored = self._filled(trainer, work, earlier)
+            try:
+                stored = self._filled(trainer, work, earlier)
+            except NoStoreError as error:
+                raise _NotFilledError(str(error)) from error
         if reason:
             rank_zero_info(f"features are taken behind {prefix.boundary!r}, since {reason}")
         return stored
 
     def _viewed_data(
-        self, trainer: pl.Trainer, run: StageRun, split: Literal["train", "val"], loader: Any
+        self, trainer: pl.Trainer, host: Host, run: StageRun, split: Literal["train", "val"], loader: Any
     ) -> ViewedData:
         loader = check_loader(loader)
         if trainer.overfit_batches:  # type: ignore[attr-defined]
             raise NoStoreError("overfit_batches reads a few images only")
-        if split == "val" and not isinstance(loader.sampler, SequentialSampler):
-            raise NoStoreError(f"the validation loader has a sampler of its own ({type(loader.sampler).__name__})")
+        if split == "val" and (is_own_batching(loader) or not isinstance(loader.sampler, SequentialSampler)):
+            own = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+            own = loader.sampler if type(own) is BatchSampler else own
+            raise NoStoreError(f"the validation loader has a sampler of its own ({type(own).__name__})")
         views = self._views(trainer, run, split, loader)
-        raw, form = probe_batch(loader, views[0], _PROBE_IMAGES)
-        with keyed_rng("probe"):
-            step_form = BatchForm(batch_on_device(trainer, trainer.lightning_module, raw))
-        return ViewedData(split, loader, views, raw, form, step_form, self.seed, self.data_fingerprint)
+        raw, raw_form = probe_batch(loader, views[0], _PROBE_IMAGES)
+        with host.aside():
+            fed, form, augmented = probe_feed(loader, views[0], _PROBE_IMAGES, host.feed)
+        feeding = fingerprint_of(hooks=[transform_fingerprint(hook) for hook in transfer_hooks(trainer)])
+        return ViewedData(
+            split, loader, views, raw, fed, form, raw_form, augmented, self.seed, self.data_fingerprint, feeding
+        )
 
     def _views(self, trainer: pl.Trainer, run: StageRun, split: str, loader: DataLoader[Any]) -> list[Any]:
         """The dataset of each view that will be read, view 0 first."""
@@ -262,18 +292,20 @@ class PrecomputeFeatures(StageCallback):
 
     def _pays(self, trainer: pl.Trainer, run: StageRun, work: FeaturePass, earlier: StoredData | None) -> bool:
         """Whether the pass and the epochs on features take less than the epochs on images."""
-        if self.policy == "always" or run.stage.solve or self._decided.get(run.stage.name):
+        # what the clock says must not change the training: images cannot be read in these ways without a store
+        asked = self.policy == "always" or run.stage.solve or self.cached_batch_size is not None or work.data.augmented
+        if asked or self._decided.get(run.stage.name) == "features":
             return True
-        layout, loader, view, host = work.layout, work.data.loader, work.data.views[0], work.host
+        layout, loader, host = work.layout, work.data.loader, work.host
+        images = ViewBatches(loader, work.data.views, self.seed)
         with host.aside(), torch.enable_grad():
             plain_seconds, stored_seconds = together(host, lambda: step_seconds(host, work.prefix, work.data))
         probed = min(_PROBE_IMAGES, layout.num_rows)
-        with keyed_rng("probe"):
-            reading = seconds(lambda: [view[row] for row in range(probed)], host.device) / probed
+        reading = seconds(lambda: images[list(range(probed))], host.device) / probed
         # worker processes read while the device computes; without them one waits for the other
         waiting = max(reading / loader.num_workers - plain_seconds, 0.0) if loader.num_workers else reading
         limit = trainer.limit_train_batches or 1.0
-        num_read = limit * layout.num_rows if isinstance(limit, float) else limit * (loader.batch_size or 1)
+        num_read = limit * layout.num_rows if isinstance(limit, float) else limit * pass_size(loader)
         num_read = run.stage.num_epochs * min(num_read, layout.num_rows)
         passed = together(host, lambda: work.seconds_per_image(earlier)) * layout.num_rows * layout.num_views
         with_store, without = passed + num_read * stored_seconds, num_read * (waiting + plain_seconds)
@@ -288,9 +320,10 @@ class PrecomputeFeatures(StageCallback):
     # --- while the stage runs --------------------------------------------------------------------------------------
 
     def _choose_view(self, trainer: pl.Trainer, run: StageRun) -> None:
-        if "train" in self._datasets:
-            views = self._stored["train"].store.layout.num_views
-            self._datasets["train"].view = (trainer.current_epoch - run.start_epoch) % views
+        if isinstance(self._source, FeatureDataset):
+            self._source.view = (trainer.current_epoch - run.start_epoch) % self._source.store.layout.num_views
+        elif self._source is not None:
+            self._source.view = (trainer.current_epoch - run.start_epoch) % len(self._source.views)
 
     def preflight(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stages: Sequence[Stage]) -> None:
         """Refuses to solve a head that is not linear."""
@@ -374,13 +407,13 @@ class PrecomputeFeatures(StageCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any
     ) -> AbstractContextManager[Any]:
         """The shortcut, for a step outside of the Trainer's loop."""
-        return installed(self._stored["train"].prefix) if "train" in self._stored else nullcontext()
+        return _installed(self._stored["train"].prefix) if "train" in self._stored else nullcontext()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Opens the shortcut, for the step and its backward."""
-        self._open("train", batch)
+        self._open(trainer, "train", batch)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -393,7 +426,7 @@ class PrecomputeFeatures(StageCallback):
     ) -> None:
         """Opens the shortcut, for stored validation batches."""
         if not trainer.sanity_checking:
-            self._open("val", batch)
+            self._open(trainer, "val", batch)
 
     def on_validation_batch_end(
         self,
@@ -434,11 +467,11 @@ class PrecomputeFeatures(StageCallback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leaves nothing on the network."""
-        self._detach()
+        self._detach(pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leaves nothing on the network and on the Trainer."""
-        self._detach()
+        self._detach(pl_module)
 
     def _check_frozen_part(self, stage: Stage) -> None:
         if "train" in self._stored and not self._stored["train"].is_current():
@@ -448,11 +481,20 @@ class PrecomputeFeatures(StageCallback):
                 "network; change them before `fit`, or set precompute=False"
             )
 
-    def _open(self, split: str, batch: Any) -> None:
+    def _open(self, trainer: pl.Trainer, split: str, batch: Any) -> None:
         if split in self._stored:
             stored = self._stored[split]
             stored.prefix.remove()  # a batch that another callback skipped had no end
-            stored.prefix.install(stored.data.step_form.images(batch))
+            images = stored.data.form.images(batch)
+            if not stored.prefix.is_served(images):
+                hook = "on_train_batch_start" if split == "train" else "on_validation_batch_start"
+                owners = _who_may_change_batches([*trainer.callbacks, trainer.lightning_module], hook)  # type: ignore[attr-defined]
+                raise RuntimeError(
+                    f"the batch was changed between loader and step (by {hook} of "
+                    f"{', '.join(type(owner).__name__ for owner in owners)}?), and it holds stored features, not "
+                    "images; train this stage without stored features"
+                )
+            stored.prefix.install(images)
 
     def _close(self, split: str) -> None:
         if split in self._stored:
@@ -462,10 +504,11 @@ class PrecomputeFeatures(StageCallback):
         for split in ("train", "val"):
             self._close(split)
         self._earlier = [*self._stored.values(), *self._earlier]
-        self._stored, self._datasets, self._stage_index = {}, {}, None
+        self._stored, self._source, self._stage_index = {}, None, None
 
-    def _detach(self) -> None:
+    def _detach(self, pl_module: pl.LightningModule) -> None:
         self._leave_stage()
+        use_transfer_hooks(pl_module)
         self._earlier = []
         for loop, source in self._sources:
             loop._data_source = source
@@ -516,9 +559,51 @@ def _same_everywhere(host: Host, prefix: FrozenPrefix) -> None:
         raise NoStoreError("the ranks found different boundaries")
 
 
+class _NotFilledError(NoStoreError):
+    """There is a shortcut, and no place or no time for its features."""
+
+
+@contextmanager
+def _installed(prefix: FrozenPrefix) -> Iterator[None]:
+    prefix.install()
+    try:
+        yield
+    finally:
+        prefix.remove()
+
+
+def _who_may_change_batches(owners: list[Any], hook: str) -> list[Any]:
+    """Those of the callbacks and the module that are the user's and are handed the batch before the step."""
+    ours = ("lightning.", "pytorch_lightning.", "lightning_unfreeze.")
+    return [
+        owner for owner in owners if hasattr(owner, hook) and not getattr(type(owner), hook).__module__.startswith(ours)
+    ]
+
+
+def _who_changes_batches(trainer: pl.Trainer, owners: list[Any], data: ViewedData) -> str:
+    """The first callback, or the module, whose `on_train_batch_start` changes the images of a batch; called `aside`."""
+    for owner in _who_may_change_batches(owners, "on_train_batch_start"):
+        arguments = (trainer, trainer.lightning_module) if isinstance(owner, Callback) else ()
+        for draw in range(_DRAWS):
+            batch = copy.deepcopy(data.fed)
+            # what a callback writes down of a batch is not its business here: it is put back, errors included
+            with kept(owner, skip=(pl.Trainer, pl.LightningModule)), keyed_rng("hook", draw), suppress(Exception):
+                owner.on_train_batch_start(*arguments, batch, 0)
+            same = False
+            with suppress(NoStoreError):
+                same = torch.equal(data.form.images(batch), data.form.images(data.fed))
+            if not same:
+                return f"{type(owner).__name__}.on_train_batch_start"
+    return ""
+
+
 def _host(trainer: pl.Trainer) -> Host:
     """The Trainer and its module as what a feature store needs of them."""
     module = trainer.lightning_module
+
+    def feed(batch: Any, training: bool) -> Any:
+        with mode_of(trainer, module, training=training):
+            return batch_on_device(trainer, module, batch)
 
     def loss(batch: Any) -> Tensor:
         # without the wrapper of the strategy, so that ranks need not go together
@@ -530,7 +615,7 @@ def _host(trainer: pl.Trainer) -> Host:
     return Host(
         module,
         trainer.strategy.root_device,
-        feed=lambda batch: batch_on_device(trainer, module, batch),
+        feed=feed,
         run=loss,
         outcome=lambda batch, training: _outcome(trainer, module, batch, training),
         aside=lambda: sandbox(trainer, module),

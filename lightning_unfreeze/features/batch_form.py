@@ -22,8 +22,9 @@ class BatchForm:
     """Takes a collated batch apart into images and named tensors beside them, and puts it together again.
 
     Args:
-        batch: A batch as the loader gives it. Its first floating point tensor `(B, C, H, W)` is the images; all else
-            has to come one per image: tensors, or lists of strings, which are kept as UTF-8 bytes.
+        batch: A batch as the step gets it. Its first floating point tensor `(B, C, H, W)` is the images, or its first
+            one of `uint8`; all else has to come one per image: tensors, or lists of strings, which are kept as UTF-8
+            bytes. None stays None.
 
     Raises:
         NoStoreError: If something in it does not come one per image.
@@ -38,14 +39,18 @@ class BatchForm:
         leaves, self._tree = _flatten(batch)
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.ndim == 4]
         floating = [i for i in places if leaves[i].is_floating_point()]
-        if not floating:
-            raise NoStoreError("the batch has no floating point tensor (B, C, H, W) that would be the images")
-        self._image = floating[0]
+        images = floating or [i for i in places if leaves[i].dtype == torch.uint8]
+        if not images:
+            raise NoStoreError("the batch has no floating point or uint8 tensor (B, C, H, W) that would be the images")
+        self._image = images[0]
+        self._nones = {i for i, leaf in enumerate(leaves) if leaf is None}
         self._texts: dict[int, tuple[int, type]] = {}
         for i, leaf in enumerate(leaves):
             if isinstance(leaf, _Texts) and len(leaf) == len(leaves[self._image]):
                 longest = max(len(text.encode()) for text in leaf)
                 self._texts[i] = (max(_LEAST_TEXT_BYTES, 4 * longest), leaf.kind)
+            elif i in self._nones:
+                continue
             elif not isinstance(leaf, Tensor) or leaf.ndim == 0 or len(leaf) != len(leaves[self._image]):
                 what = f"a tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)[:60]
                 raise NoStoreError(f"the batch holds {what}, which does not come one per image")
@@ -53,13 +58,13 @@ class BatchForm:
     def split(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The images `(B, C, H, W)`, and everything else as named tensors `(B, *)`."""
         leaves, tree = _flatten(batch)
-        if tree != self._tree:
+        if tree != self._tree or {i for i, leaf in enumerate(leaves) if leaf is None} != self._nones:
             raise NoStoreError("the batches differ in their form")
         beside = {}
         for i, leaf in enumerate(leaves):
             if i in self._texts:
                 beside[f"beside_{i}"] = _encode(leaf, self._texts[i][0])
-            elif i != self._image:
+            elif i != self._image and i not in self._nones:
                 beside[f"beside_{i}"] = leaf
         return leaves[self._image], beside
 
@@ -71,9 +76,11 @@ class BatchForm:
     def join(self, images: Tensor, beside: Mapping[str, Tensor]) -> Any:
         """A batch of the user's form with `images` (or features) where the images are."""
         leaves: list[Any] = []
-        for i in range(len(beside) + 1):
+        for i in range(self._tree.num_leaves):
             if i == self._image:
                 leaves.append(images)
+            elif i in self._nones:
+                leaves.append(None)
             elif i in self._texts:
                 leaves.append(self._texts[i][1](_decode(beside[f"beside_{i}"])))
             else:

@@ -93,5 +93,11 @@ def nothing(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> T
     return torch.full((), empty, dtype=dtype, device=device).expand(*shape)
 
 
+def numbered(batch: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Images ``(B, *shape)`` that are all 0 and all 1 in turn, in the memory of B numbers."""
+    numbers = (torch.arange(batch, device=device) % 2).to(dtype)
+    return numbers.reshape(-1, *[1] * len(shape)).expand(batch, *shape)
+
+
 def _inverse(order: Sequence[int]) -> list[int]:
     return sorted(range(len(order)), key=order.__getitem__)

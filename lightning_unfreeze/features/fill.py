@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,10 +15,11 @@ from lightning_unfreeze.features.batch_form import NoStoreError
 from lightning_unfreeze.features.key import fingerprint_of, prefix_fingerprint
 from lightning_unfreeze.features.layout import StoreDtype, StoreError, StoreLayout, TensorSpec
 from lightning_unfreeze.features.prefix import FrozenPrefix, advance
-from lightning_unfreeze.features.serve import ViewedData, view_batches
+from lightning_unfreeze.features.serve import ViewedData, pass_size, view_batches
 from lightning_unfreeze.features.shortcut import Host, seconds
 from lightning_unfreeze.features.store import FeatureStore, store_lock
 from lightning_unfreeze.features.writer import FeatureWriter
+from lightning_unfreeze.seeding import key_to_seed, keyed_rng
 
 _CHECKED_ROWS = 4
 _Value = TypeVar("_Value")
@@ -86,7 +87,7 @@ class FeaturePass:
         self.host, self.data, self.prefix, self.verify = host, data, prefix, verify
         self.data_key, self.prefix_key = data.key(), prefix_fingerprint(prefix)
         key = fingerprint_of(data=self.data_key, prefix=self.prefix_key, dtype=dtype)
-        tensors = {name: TensorSpec.like(value) for name, value in data.form.split(data.raw)[1].items()}
+        tensors = {name: TensorSpec.like(value) for name, value in data.form.split(data.fed)[1].items()}
         for name, shape in prefix.shapes.items():
             tensors[name] = TensorSpec.like(torch.empty(1, *shape, dtype=prefix.dtypes[name]), dtype)
         self.layout = StoreLayout(key, len(data.views[0]), tensors, len(data.views))
@@ -160,7 +161,7 @@ class FeaturePass:
         holds = exact and earlier.data_key == self.data_key and earlier.is_current()
         with self.host.aside():
             try:
-                images = self.data.step_form.images(self.host.feed(self.data.raw))
+                images = self.data.form.images(self.data.fed)
                 reached = advance(earlier.prefix.extract(images), earlier.prefix, self.prefix)
                 holds = holds and all(
                     torch.equal(reached[name], value) for name, value in self.prefix.extract(images).items()
@@ -171,7 +172,7 @@ class FeaturePass:
 
     def seconds_per_image(self, earlier: StoredData | None = None) -> float:
         """Of the pass, measured on the first few images without writing them."""
-        rows = torch.arange(len(self.data.form.images(self.data.raw)))
+        rows = torch.arange(len(self.data.form.images(self.data.fed)))
         with self.host.aside():
             return seconds(lambda: list(self._batches(0, rows, earlier)), self.host.device) / len(rows)
 
@@ -199,13 +200,29 @@ class FeaturePass:
         return self._from_images(view, rows) if earlier is None else self._from_store(earlier, view, rows)
 
     def _from_images(self, view: int, rows: Tensor) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        for part, batch in view_batches(self.data.loader, self.data.views[view], self.data.seed, view, rows):
-            _, beside = self.data.form.split(batch)
-            images = self.data.step_form.images(self.host.feed(batch))
+        for part, batch in view_batches(self.data, view, rows):
+            images, beside = self._fed(view, part, batch)
             yield part, {**self.prefix.extract(images), **beside}
 
+    def _fed(self, view: int, rows: Tensor, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the step gets; where images are augmented on the way, each by its own draw of (seed, view, row)."""
+        data, device = self.data, self.host.device
+        if view == 0 or not data.augmented:
+            return data.form.split(self.host.feed(batch, view > 0))
+        images, beside = data.raw_form.split(batch)
+        parts = []
+        for i, row in enumerate(rows.tolist()):
+            one = data.raw_form.join(images[i : i + 1], {name: value[i : i + 1] for name, value in beside.items()})
+            key = ("on the way", data.seed, view, row)
+            with keyed_rng(*key), torch.random.fork_rng([device] if device.type == "cuda" else []):
+                if device.type == "cuda":
+                    torch.cuda.manual_seed(key_to_seed(*key))
+                parts.append(data.form.split(self.host.feed(one, True)))
+        joined = {name: torch.cat([others[name] for _, others in parts]) for name in parts[0][1]}
+        return torch.cat([image for image, _ in parts]), joined
+
     def _from_store(self, earlier: StoredData, view: int, rows: Tensor) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        for part in torch.split(rows, self.data.loader.batch_size or 1):
+        for part in torch.split(rows, pass_size(self.data.loader)):
             beside = earlier.store.read(part, view)
             features = {name: beside.pop(name).to(self.host.device) for name in earlier.prefix.shapes}
             yield part, {**advance(features, earlier.prefix, self.prefix), **beside}

@@ -76,7 +76,7 @@ def _array_digest(value: Tensor | npt.NDArray[Any]) -> str:
     return _digest(repr((str(value.dtype), tuple(value.shape))).encode(), array.data)
 
 
-def transform_fingerprint(transform: object) -> str:
+def transform_fingerprint(transform: object, strict: bool = False) -> str:
     """Fingerprint of a transform, or of any object that acts on the data: what it is, its settings, and its code.
 
     Addresses in a `repr` do not count. Functions and classes outside of installed packages count with their bytecode,

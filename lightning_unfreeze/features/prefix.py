@@ -7,6 +7,10 @@ The network is never cut. Its own ``forward`` runs unmodified in both directions
   Those whose output is read behind the boundary return the stored features, the others a NaN placeholder that takes no
   memory. Whatever reads an activation from before the boundary turns the output into NaN: a leak is never silent.
 
+In the batch, the features themselves stand in for the images (`stand_in`), so that they travel with it. Where the
+step changes images on their way to the network (bytes to floats, a normalisation), a placeholder of the images' shape
+stands in, and the features wait at the boundary; the change was seen to be the same for each image, and is checked.
+
 What is found is compared with the plain forward on real images before it is handed out (`search.verify`).
 
 >>> from lightning_unfreeze.features.search import find_prefix
@@ -34,9 +38,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from lightning_unfreeze.features.calls import MISSING, Call, Leaf, name_of_leaf, nothing
+from lightning_unfreeze.features.calls import MISSING, Call, Leaf, name_of_leaf, nothing, numbered
 
 Run = Callable[[Tensor], Any]
+
+
+_MARK = "_lightning_unfreeze_served"
+_CHANGED = (
+    "the step changes the stored features on their way to the network, as it would change images; augment in the "
+    "dataset's transform, or train this stage without stored features"
+)
 
 
 class Stop(BaseException):
@@ -66,6 +77,7 @@ class FrozenPrefix:
         entries: Sequence[tuple[str, str]],
         calls: Sequence[Call],
         stored: Sequence[tuple[int, int]],
+        changed: Tensor | None = None,
     ) -> None:
         self.network = network
         self.image_shape = tuple(image.shape[1:])
@@ -81,6 +93,8 @@ class FrozenPrefix:
         self.dtypes = {key: leaf.dtype for key, leaf in leaves.items()}
         entered = [(network.get_submodule(name), method, self._enter) for name, method in entries]
         self._patches = Patches([*self._stubs(self._answer), *entered])
+        # what becomes of placeholders 0 and 1 on their way, where images are changed: (2, ...)
+        self._changed = changed
         self._writes_in_place = True  # whether modules behind the boundary do, into the features; `verify` looks
         self._expected: tuple[Tensor, int] | None = None
         self._forget()
@@ -175,6 +189,27 @@ class FrozenPrefix:
             features[key] = self._leaves[key].to_rows(tensor)
         return features
 
+    def stand_in(self, packed: Tensor) -> Tensor:
+        """What takes the images' place in the batch; marked, so that one that was changed is told from it.
+
+        Args:
+            packed: ``(B, *packed_shape)``, of `pack`, on the network's device.
+        """
+        if self._changed is None:
+            vars(packed)[_MARK] = (None, version_of(packed))
+            return packed
+        images = numbered(len(packed), self.image_shape, self._image_dtype, packed.device)
+        vars(images)[_MARK] = (packed, 0)
+        if self._patches.is_open:
+            self._arm(packed)
+        return images
+
+    @staticmethod
+    def is_served(images: Tensor) -> bool:
+        """Whether it is what `stand_in` gave, and nobody wrote into it since."""
+        mark = vars(images).get(_MARK)
+        return mark is not None and mark[1] == version_of(images)
+
     @contextlib.contextmanager
     def replay(self, features: Mapping[str, Tensor]) -> Iterator[Tensor]:
         """Within the context the network takes the yielded tensor where it took images. Span the backward too.
@@ -182,29 +217,35 @@ class FrozenPrefix:
         Raises:
             RuntimeError: When nothing read the features.
         """
-        packed = self.pack(features)
         self.install()
         try:
-            yield packed
+            yield self.stand_in(self.pack(features))
             if not self._consumed or not self._entered_once:
                 raise RuntimeError(f"the features of {self.boundary!r} were never read by the network")
         finally:
             self.remove()
 
-    def install(self, packed: Tensor | None = None) -> None:
+    def install(self, images: Tensor | None = None) -> None:
         """Arrange that the network takes packed features, or images as before; for callbacks, which have no ``with``.
 
         Args:
-            packed: Where given, the only features that will be taken: a step that changes them on their way to the
-                network, say by an augmentation that leaves out some batches, raises a RuntimeError.
+            images: Where given, what stands in for the images, and all that will be taken: a step that changes it on
+                its way to the network, say by an augmentation that leaves out some batches, raises a RuntimeError.
 
         Raises:
-            RuntimeError: When installed already.
+            RuntimeError: When installed already, or the tensor is not as `stand_in` gave it.
         """
         if self._patches.is_open:
             raise RuntimeError("this frozen prefix is installed already; call remove() first")
         self._forget()
-        self._expected = None if packed is None else (packed, version_of(packed))
+        if images is not None:
+            if not self.is_served(images):
+                raise RuntimeError(_CHANGED)
+            packed, version = vars(images)[_MARK]
+            if packed is None:
+                self._expected = (images, version)
+            else:
+                self._arm(packed)
         self._patches.__enter__()
 
     @property
@@ -264,10 +305,7 @@ class FrozenPrefix:
 
     def _arm(self, packed: Tensor) -> Tensor:
         if self._expected is not None and not _is_unchanged(packed, *self._expected):
-            raise RuntimeError(
-                "the step changes the stored features on their way to the network, as it would change images; augment "
-                "in the dataset's transform, or train this stage without stored features"
-            )
+            raise RuntimeError(_CHANGED)
         self._features = {self._stored[key]: rows for key, rows in self.unpack(packed).items()}
         self._batch, self._device, self._next, self._entered_once = len(packed), packed.device, 0, True
         return nothing([len(packed), *self.image_shape], self._image_dtype, packed.device)
@@ -279,12 +317,23 @@ class FrozenPrefix:
         call = self._calls[self._next]
         if name != call.name:
             raise RuntimeError(f"{name!r} was called where {call.name!r} was expected; find the prefix again")
+        if self._changed is not None and self._next == 0:
+            self._check_way([leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)], self._changed)
         leaves = []
         for i, leaf in enumerate(call.leaves):
             rows = self._features.pop((self._next, i), None)
             leaves.append(leaf.placeholder(self._batch, self._device) if rows is None else self._hand_on(leaf, rows))
         self._next += 1
         return tree_unflatten(leaves, call.tree)
+
+    def _check_way(self, given: Sequence[Tensor], as_seen: Tensor) -> None:
+        """The placeholders have to arrive as they did when the prefix was found; mixed or drawn, they do not."""
+        images = next((tensor for tensor in given if tensor.ndim and len(tensor) == self._batch), None)
+        if images is None or any(
+            not torch.equal(images[i::2], one.expand_as(images[i::2]))
+            for i, one in enumerate(as_seen.to(self._device)[: self._batch])
+        ):
+            raise RuntimeError(_CHANGED)
 
     def _hand_on(self, leaf: Leaf, rows: Tensor) -> Tensor:
         tensor = leaf.from_rows(rows)

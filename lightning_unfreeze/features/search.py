@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from lightning_unfreeze.features.calls import Call, Leaf
+from lightning_unfreeze.features.calls import Call, Leaf, numbered
 from lightning_unfreeze.features.prefix import FrozenPrefix, Patches, Run, Stop, mode_problem, untouched, version_of
+from lightning_unfreeze.seeding import keyed_rng
 
 _PLAIN_TYPES = (int, float, str, type(None), torch.Size, torch.dtype, torch.device)
 _ENTRY_METHODS = ("forward_", "extract_features", "encode_image", "get_image_features")
@@ -28,7 +30,9 @@ class PrefixSearch(NamedTuple):
     reason: str
 
 
-def find_prefix(network: nn.Module, images: Tensor, run: Run | None = None) -> PrefixSearch:
+def find_prefix(
+    network: nn.Module, images: Tensor, run: Run | None = None, *, as_they_are: bool = True
+) -> PrefixSearch:
     """Find the deepest freeze boundary at which extract and replay equal the plain forward.
 
     Frozen is what has ``requires_grad=False``; modules before the boundary have to be in eval mode. Nothing of the
@@ -39,6 +43,7 @@ def find_prefix(network: nn.Module, images: Tensor, run: Run | None = None) -> P
         images: ``(B, C, H, W)``, real ones, on the network's device. The search runs on three, the check on all.
         run: How the network is called, ``network`` itself by default, e.g. ``lambda x: model.forward_head(...)`` or a
             training step without its logging. It has to take any batch size.
+        as_they_are: Features may stand where the images stood, for a module that is handed the images as they are.
 
     Returns:
         ``(prefix, reason)``: prefix None, with the module and the reason, when no boundary holds.
@@ -50,20 +55,24 @@ def find_prefix(network: nn.Module, images: Tensor, run: Run | None = None) -> P
     try:
         with untouched(network):
             entries, calls = _learn_calls(network, run, three)
-        ends = _ends(network, calls)
+        entries = entries if as_they_are else []
+        ends, reason = _ends(network, calls)
+        changed = None if entries else _changed_on_the_way(network, run, three, calls[0].name)
     except RefusedError as refused:
         return PrefixSearch(None, str(refused))
-    reason = ""
+    raised = False
     for end in ends:
         try:
-            stored = _leaves_read(network, run, three, entries, calls[: end + 1])
-            prefix = FrozenPrefix(network, run, three, entries, calls[: end + 1], stored)
+            given = (network, run, three, entries, calls[: end + 1])
+            prefix = FrozenPrefix(*given, _leaves_read(*given, changed), changed)
             problem = _rows_problem(prefix, three) or verify(prefix, images)
         except Exception as error:  # whatever the user's forward raises on placeholders is a reason not to replay it
-            problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            problem, raised = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", True
         if not problem:
             return PrefixSearch(prefix, reason)
         reason = reason or f"{calls[end].name!r} is no freeze boundary: {problem}"
+    if entries and raised and as_they_are:  # the step does something with images that features do not bear
+        return find_prefix(network, images, run, as_they_are=False)
     return PrefixSearch(None, reason)
 
 
@@ -106,8 +115,6 @@ def verify(prefix: FrozenPrefix, images: Tensor) -> str:
 def _learn_calls(network: nn.Module, run: Run, three: Tensor) -> tuple[list[tuple[str, str]], list[Call]]:
     """The methods that take the images and the calls before the first trainable use, from batches of two and three."""
     (entries, seen_two), (_, seen_three) = (_trace(network, run, batch) for batch in (three[:2], three))
-    if not entries:
-        raise RefusedError("no module is handed the images as they are: something changes them on their way")
     if [name for name, _ in seen_two] != [name for name, _ in seen_three]:
         raise RefusedError("the network calls other modules for three images than for two")
     calls: list[Call] = []
@@ -181,6 +188,8 @@ def _trace(network: nn.Module, run: Run, images: Tensor) -> tuple[list[tuple[str
             run(images)
         except Stop:
             return list(entries), calls
+    if run is network and not any(p.requires_grad for p in network.parameters()):
+        return list(entries), calls  # a tower that is frozen as a whole, with what trains outside of it
     raise RefusedError("nothing that the network computes depends on a trainable parameter")
 
 
@@ -188,29 +197,65 @@ def _entry_methods(kind: type[nn.Module]) -> list[str]:
     return [name for name in dir(kind) if name.startswith(_ENTRY_METHODS) and callable(getattr(kind, name))]
 
 
-def _ends(network: nn.Module, calls: Sequence[Call]) -> list[int]:
-    """Indices of the calls at which the prefix may end, deepest first.
-
-    The deepest is the last one with weights, or one behind it that makes the features smaller (a global pool).
+def _changed_on_the_way(network: nn.Module, run: Run, three: Tensor, first: str) -> Tensor:
+    """What the step makes of placeholder images 0 and 1 before the first call: ``(2, ...)``.
 
     Raises:
-        RefusedError: When there is none, or a module before it is not in eval mode.
+        RefusedError: When that depends on the other images of the batch, or on a draw.
+    """
+    probe = numbered(3, three.shape[1:], three.dtype, three.device)
+    seen: list[Tensor] = []
+
+    def take(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        seen.extend(t.detach().clone() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+        raise Stop
+
+    patch = [(network.get_submodule(first), "forward", partial(partial, take))]
+    made = []
+    for draw, size in enumerate((3, 2, 3, 3, 3)):
+        with untouched(network), torch.no_grad(), keyed_rng("on the way", draw), Patches(patch), suppress(Stop):
+            run(probe[:size])
+        made += [tensor for tensor in seen if tensor.ndim and len(tensor) == size][:1]
+        seen.clear()
+    one = made[0] if made else None
+    rows = [(0, 1, 0)[:size] for size in (3, 2, 3, 3, 3)]
+    if (
+        one is None
+        or len(made) < len(rows)
+        or not all(torch.equal(m, one[list(r)]) for m, r in zip(made, rows, strict=True))
+    ):
+        raise RefusedError("no module is handed the images as they are: something changes them on their way")
+    return made[0][:2]
+
+
+def _ends(network: nn.Module, calls: Sequence[Call]) -> tuple[list[int], str]:
+    """Indices of the calls at which the prefix may end, deepest first; and why there is none that lies deeper.
+
+    The deepest is the last one with weights, or one behind it that makes the features smaller (a global pool). A module
+    that is not in eval mode ends the prefix before it: it is run as it is.
+
+    Raises:
+        RefusedError: When there is none.
     """
     modules = [network.get_submodule(call.name) for call in calls]
     weighted = [i for i, module in enumerate(modules) if any(True for _ in module.parameters())]
     if not weighted:
         raise RefusedError("no module with frozen parameters finishes before the first trainable one is used")
-    for call, module in zip(calls[: weighted[-1] + 1], modules, strict=False):
-        problem = mode_problem(call.name, module)
-        if problem:
-            raise RefusedError(problem)
+    reason = ""
+    for i, (call, module) in enumerate(zip(calls[: weighted[-1] + 1], modules, strict=False)):
+        reason = mode_problem(call.name, module)
+        if reason:
+            weighted = [index for index in weighted if index < i]
+            break
+    if not weighted:
+        raise RefusedError(reason)
     last, smallest = weighted[-1], _size(calls[weighted[-1]])
     for i in range(last + 1, len(calls)):
-        if mode_problem(calls[i].name, modules[i]):
+        if reason or mode_problem(calls[i].name, modules[i]):
             break
         if 0 < _size(calls[i]) < smallest:
             last, smallest = i, _size(calls[i])
-    return [*([last] if last > weighted[-1] else []), *range(weighted[-1], weighted[0] - 1, -1)]
+    return [*([last] if last > weighted[-1] else []), *range(weighted[-1], weighted[0] - 1, -1)], reason
 
 
 def _size(call: Call) -> int:
@@ -218,7 +263,12 @@ def _size(call: Call) -> int:
 
 
 def _leaves_read(
-    network: nn.Module, run: Run, three: Tensor, entries: Sequence[tuple[str, str]], calls: Sequence[Call]
+    network: nn.Module,
+    run: Run,
+    three: Tensor,
+    entries: Sequence[tuple[str, str]],
+    calls: Sequence[Call],
+    changed: Tensor | None,
 ) -> list[tuple[int, int]]:
     """Which leaves of the calls are read behind the last of them: those that get a gradient if each asks for one."""
     candidates = [
@@ -231,7 +281,7 @@ def _leaves_read(
         def unpack(self, packed: Tensor) -> dict[str, Tensor]:
             return {key: clones[key].clone() if torch.is_grad_enabled() else clones[key] for key in clones}
 
-    reader = Reader(network, run, three, entries, calls, candidates)
+    reader = Reader(network, run, three, entries, calls, candidates, changed)
     leaves = {
         key: torch.ones(3, *shape, dtype=reader.dtypes[key], device=three.device, requires_grad=True)
         for key, shape in reader.shapes.items()
@@ -241,8 +291,8 @@ def _leaves_read(
     reader.install()
     try:
         with untouched(network), torch.enable_grad():
-            loss = _loss(run(torch.zeros(3, *reader.packed_shape, device=three.device)))
-            gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+            loss = _loss(run(reader.stand_in(torch.zeros(3, *reader.packed_shape, device=three.device))))
+            gradients = _gradients(loss, list(leaves.values()))
     finally:
         reader.remove()
     read = [place for place, gradient in zip(candidates, gradients, strict=True) if gradient is not None]
@@ -276,9 +326,27 @@ def _probe(network: nn.Module, run: Run, x: Tensor, evaluate: bool) -> dict[str,
         found: dict[str, Tensor | None] = {f"output {i}": tensor.detach().clone() for i, tensor in enumerate(tensors)}
         if not evaluate:
             trainable = {name: p for name, p in network.named_parameters() if p.requires_grad}
-            gradients = torch.autograd.grad(_loss(output), list(trainable.values()), allow_unused=True)
+            gradients = _gradients(_loss(output), list(trainable.values())) if trainable else []
             found |= {f"gradient of {name}": g for name, g in zip(trainable, gradients, strict=True)}
         return found
+
+
+def _gradients(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Of a loss; by a backward pass where a reentrant checkpoint refuses `autograd.grad`."""
+    try:
+        return torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=True)
+    except RuntimeError as error:
+        if "heckpoint" not in str(error):
+            raise
+    kept = [leaf.grad for leaf in leaves]
+    try:
+        for leaf in leaves:
+            leaf.grad = None
+        loss.backward()  # type: ignore[no-untyped-call]
+        return [leaf.grad for leaf in leaves]
+    finally:
+        for leaf, grad in zip(leaves, kept, strict=True):
+            leaf.grad = grad
 
 
 def _loss(output: Any) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,8 @@ class Host:
     Attributes:
         network: Whose frozen part is looked for.
         device: Where the step runs.
-        feed: Makes of a collated batch what the step gets, on the device.
+        feed: Makes of a collated batch what the step gets, on the device: as in evaluation, or with `True` as in
+            training, where a module may augment its images there.
         run: The training step on such a batch: what depends on the trainable parameters, the loss say.
         outcome: All that a step gives and writes down on such a batch, by name; `True` for the training step, `False`
             for that of validation.
@@ -50,7 +51,7 @@ class Host:
 
     network: nn.Module
     device: torch.device
-    feed: Callable[[Any], Any]
+    feed: Callable[[Any, bool], Any]
     run: Callable[[Any], Any]
     outcome: Callable[[Any, bool], dict[str, Any]]
     aside: Callable[[], AbstractContextManager[None]]
@@ -70,8 +71,7 @@ def find_shortcut(host: Host, data: ViewedData) -> tuple[FrozenPrefix, str]:
     Raises:
         NoStoreError: If there is none, with the reason.
     """
-    images, _ = data.step_form.split(host.feed(data.raw))
-    prefix, reason = find_prefix(host.network, images, _step_on(host, data))
+    prefix, reason = find_prefix(host.network, data.form.images(data.fed), _step_on(host, data))
     if prefix is None:
         raise NoStoreError(reason)
     check_step(host, prefix, data, training=True)
@@ -80,18 +80,18 @@ def find_shortcut(host: Host, data: ViewedData) -> tuple[FrozenPrefix, str]:
 
 def _step_on(host: Host, data: ViewedData) -> Callable[[Tensor], Any]:
     """The training step as a function of the images, or of what stands in their place; any number of them."""
-    images, beside = data.step_form.split(host.feed(data.raw))
+    images, beside = data.form.split(data.fed)
 
     def step(x: Tensor) -> Any:
         rows = torch.arange(len(x)) % len(images)
         own = {name: value[rows.to(value.device)] for name, value in beside.items()}
-        return host.run(data.step_form.join(x, own))
+        return host.run(data.form.join(x, own))
 
     return step
 
 
 def check_step(host: Host, prefix: FrozenPrefix, data: ViewedData, training: bool) -> None:
-    """A batch through all that lies between loader and loss, both ways: transfer hooks act on features, too.
+    """A batch through the whole step, both ways.
 
     Compares what the step returns and logs and the states of its metrics. Called `aside`.
 
@@ -100,16 +100,14 @@ def check_step(host: Host, prefix: FrozenPrefix, data: ViewedData, training: boo
     """
     name = "training_step" if training else "validation_step"
     hint = (
-        "something between the loader and the network changes the images, or the step uses them in another way; do "
-        "what changes images (a batch-transfer hook?) in the dataset's transform"
+        "the step changes the images on their way to the network, or uses them in another way; do what changes images "
+        "in the dataset's transform"
     )
-    batch = host.feed(data.raw)
-    packed = prefix.pack(prefix.extract(data.step_form.images(batch))).cpu()
-    features = data.form.join(packed, data.form.split(data.raw)[1])
-    plain = host.outcome(batch, training)
+    images, beside = data.form.split(data.fed)
+    plain = host.outcome(data.fed, training)
     try:
-        with installed(prefix):
-            stored = host.outcome(host.feed(features), training)
+        with prefix.replay(prefix.extract(images)) as stand_in:
+            stored = host.outcome(data.form.join(stand_in, beside), training)
     except Exception as error:
         raise NoStoreError(f"{name} fails on stored features ({error}): {hint}") from error
     differing = [(key, value, stored.get(key)) for key, value in plain.items() if not _close(value, stored.get(key))]
@@ -121,22 +119,16 @@ def check_step(host: Host, prefix: FrozenPrefix, data: ViewedData, training: boo
         )
 
 
-@contextmanager
-def installed(prefix: FrozenPrefix) -> Iterator[None]:
-    """The network takes features, within the context."""
-    prefix.install()
-    try:
-        yield
-    finally:
-        prefix.remove()
-
-
 def step_seconds(host: Host, prefix: FrozenPrefix, data: ViewedData) -> tuple[float, float]:
     """Seconds per image of forward and backward of the training step: on images, on features. Called `aside`."""
-    step, images = _step_on(host, data), data.step_form.images(host.feed(data.raw))
-    plain = seconds(lambda: step(images).backward(), images.device)
-    with prefix.replay(prefix.extract(images)) as packed:
-        stored = seconds(lambda: step(packed).backward(), images.device)
+    step, images = _step_on(host, data), data.form.images(data.fed)
+    features = prefix.extract(images)
+
+    def on_features() -> None:
+        with prefix.replay(features) as stand_in:
+            step(stand_in).backward()
+
+    plain, stored = (seconds(action, host.device) for action in (lambda: step(images).backward(), on_features))
     return plain / len(images), stored / len(images)
 
 

@@ -419,6 +419,10 @@ def blocks() -> DataLoader[Any]:
     return DataLoader(random_images(), batch_sampler=Blocks([], 2, False))
 
 
+def rows_in_blocks() -> DataLoader[Any]:
+    return DataLoader(random_images(), batch_size=None, sampler=BatchSampler(range(23, -1, -1), 5, drop_last=True))
+
+
 def mixup(samples: list[Any]) -> Any:
     return v2.MixUp(num_classes=3)(*torch.utils.data.default_collate(samples))
 
@@ -431,6 +435,66 @@ class NormalisesOnDevice(UserModule):
 class NormalisesChannels(UserModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return batch[0] - torch.tensor([0.1, 0.2, 0.3])[:, None, None], batch[1]
+
+
+class ToFloatInTheStep(UserModule):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return super().training_step((batch[0].float() / 255, batch[1]), batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step((batch[0].float() / 255, batch[1]), batch_idx)
+
+
+class ToFloatOnTheDevice(UserModule):
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch[0].float() / 255, batch[1]
+
+
+class ToFloatInTheModel(UserModule):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x.float() / 255)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+
+class ChannelsLast(UserModule):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return super().training_step((batch[0].to(memory_format=torch.channels_last), batch[1]), batch_idx)
+
+
+def bytes_of(images: TensorDataset) -> TensorDataset:
+    return TensorDataset((images.tensors[0] * 60 + 128).clamp(0, 255).to(torch.uint8), images.tensors[1])
+
+
+FED: dict[str, tuple[Any, Any]] = {
+    "bytes, float in the step": (ToFloatInTheStep, lambda: ordered(bytes_of(random_images()))),
+    "bytes, float on the device": (ToFloatOnTheDevice, lambda: ordered(bytes_of(random_images()))),
+    "bytes, float in the model": (ToFloatInTheModel, lambda: ordered(bytes_of(random_images()))),
+    "transfer hook": (NormalisesOnDevice, ordered),
+    "transfer hook by channel": (NormalisesChannels, ordered),
+    "channels_last in the step": (ChannelsLast, ordered),
+    "batch sampler": (UserModule, blocks),
+    "batches at once": (UserModule, rows_in_blocks),
+}
+
+
+@pytest.mark.parametrize("train", ["head", 2])
+@pytest.mark.parametrize("case", FED)
+def test_precompute__however_images_are_fed_the_weights_are_those_of_the_plain_run(case, train, tmp_path):
+    kind, make = FED[case]
+
+    def run(store: Path | None) -> pl.LightningModule:
+        plan = [Stage("top", train=train, epochs=2, precompute=store is not None)]
+        val = None if "batch" in case else loader(make().dataset.dataset)
+        return fit(store, seeded(kind), train=make(), val=val, stages=plan)[0]
+
+    plain, stored = run(None), run(tmp_path)
+    assert len(stores(tmp_path)) == 1
+    assert same_weights(weights_of(plain), weights_of(stored)) == []
 
 
 class Augments(UserModule):
@@ -452,19 +516,12 @@ class FirstOfSeveral(UserModule):
 REFUSED: dict[str, tuple[Any, Any, str]] = {
     "iterable": (UserModule, lambda: DataLoader(Stream(), batch_size=8), "iterable dataset"),
     "several": (FirstOfSeveral, lambda: [loader(), loader()], "not a single DataLoader"),
-    "batch sampler": (
-        UserModule,
-        blocks,
-        "own Blocks",
-    ),
     "mixup": (UserModule, lambda: loader(collate_fn=mixup), "mixes the samples"),
     "random images": (
         UserModule,
         lambda: loader(Images(random_images(), v2.RandomCrop(10))),
         "validation data has none to take",
     ),
-    "transfer hook": (NormalisesOnDevice, ordered, "batch-transfer hook"),
-    "transfer hook that fails": (NormalisesChannels, ordered, "batch-transfer hook"),
     "augmenting step": (Augments, ordered, "something changes them on their way"),
     "no loss": (NoLoss, ordered, "returned no loss"),
 }
@@ -541,6 +598,90 @@ def test_precompute__a_step_that_augments_now_and_then_is_an_error_not_wrong_num
     with pytest.raises(RuntimeError, match="changes the stored features on their way"):
         fit(tmp_path, module)
     assert all("forward" not in vars(part) for part in module.modules())
+
+
+class Flips(torch.utils.data.Dataset):
+    def __init__(self, transform: Any) -> None:
+        self.images, self.transform = random_images(), transform
+
+    def __getitem__(self, index: int) -> Any:
+        image, label = self.images[index]
+        return self.transform(image), label
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@pytest.mark.parametrize("num_views", [1, 2])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_precompute__what_the_clock_says_changes_no_weight(num_views, shuffle, tmp_path, monkeypatch):
+    def run(pays: bool) -> dict[str, torch.Tensor]:
+        monkeypatch.setattr(PrecomputeFeatures, "_pays", lambda *_: pays)
+        train = loader(Flips(v2.RandomCrop(10)), shuffle=shuffle)
+        options = {"policy": "auto", "num_views": num_views}
+        val = loader(Flips(v2.CenterCrop(10)))
+        module, _ = fit(tmp_path / str(pays), train=train, val=val, stages=head_stage(True, 4), options=options)
+        return weights_of(module)
+
+    assert same_weights(run(True), run(False)) == []
+    assert len(stores(tmp_path / "True")) == 1 and stores(tmp_path / "False") == []
+
+
+class Augmenting(UserModule):
+    """Flips images on the device, in training alone."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        x = batch[0] / 2
+        return (x.flip(-1) if self.trainer.training and torch.rand(1) < 0.5 else x), batch[1]
+
+
+def test_precompute__augmentation_on_the_device_is_in_the_views(tmp_path):
+    class Seen(Augmenting):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            seen.setdefault(self.trainer.current_epoch, []).append(batch[0].flatten(1))
+            return super().training_step(batch, batch_idx)
+
+    seen: dict[int, list[torch.Tensor]] = {}
+    module, _ = fit(tmp_path, seeded(Seen), loader(), stages=head_stage(True, 4), options={"num_views": 2})
+    images, network = random_images().tensors[0] / 2, module.backbone.eval()
+    plain, flipped = network(images).flatten(1), network(images.flip(-1)).flatten(1)
+    epochs = [torch.cat(seen[epoch]) for epoch in range(4)]
+    torch.testing.assert_close(epochs[0], plain)
+    assert torch.equal(epochs[2], epochs[0]) and torch.equal(epochs[3], epochs[1])
+    is_flipped = [bool(torch.allclose(row, other, atol=1e-6)) for row, other in zip(epochs[1], flipped, strict=True)]
+    is_plain = [bool(torch.allclose(row, other, atol=1e-6)) for row, other in zip(epochs[1], plain, strict=True)]
+    assert all(one or other for one, other in zip(is_flipped, is_plain, strict=True))
+    assert 4 <= sum(is_flipped) <= 20  # of 24, each by a coin of its own
+
+
+class Mixes(Callback):
+    def __init__(self, how: str, first_epoch: int = 0) -> None:
+        self.how, self.first_epoch, self.calls = how, first_epoch, 0
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.calls += 1
+        if trainer.current_epoch < self.first_epoch:
+            return
+        if self.how == "mix":
+            batch[0] = 0.5 * batch[0] + 0.5 * batch[0].flip(0)
+        else:
+            batch[0][:, :, 2:6] = 0
+
+
+@pytest.mark.parametrize("how", ["mix", "erase"])
+def test_precompute__a_callback_that_changes_batches_gets_images(how, tmp_path):
+    mixes = Mixes(how)
+    plain, _ = fit(None, train=loader(), callbacks=[Mixes(how)])
+    with pytest.warns(UserWarning, match="as usual.*Mixes.on_train_batch_start changes the batch"):
+        stored, _ = fit(tmp_path, train=loader(), callbacks=[mixes])
+    assert mixes.calls == 9  # what was tried at the start was taken back
+    assert same_weights(weights_of(plain), weights_of(stored)) == []
+
+
+@pytest.mark.parametrize("how", ["mix", "erase"])
+def test_precompute__a_callback_that_changes_batches_later_is_an_error_that_names_it(how, tmp_path):
+    with pytest.raises(RuntimeError, match="by on_train_batch_start of Mixes"):
+        fit(tmp_path, train=loader(), callbacks=[Mixes(how, first_epoch=1)])
 
 
 # --- stale keys ------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lightning_unfreeze.features.key import prefix_fingerprint
 from lightning_unfreeze.features.prefix import FrozenPrefix, advance
@@ -528,13 +529,40 @@ def test_prefix__never_goes_past_a_trainable_layer_that_gets_no_gradient() -> No
     assert "no module with frozen parameters finishes before" in reason
 
 
-def test_images__changed_on_their_way_are_refused() -> None:
-    module = freeze(Module("normalised step"), "backbone")
-    prefix, reason = find_prefix(
-        module, torch.randn(3, 3, 32, 32), lambda x: module.training_step((x, torch.tensor(len(x) * [1])))
-    )
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "normalised": lambda x: (x - 0.45) / 0.225,
+    "from bytes": lambda x: x.float() / 255,
+    "smaller": lambda x: F.interpolate(x.float(), size=16),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_images__may_be_changed_on_their_way_in_the_same_way_each(change: str) -> None:
+    network = freeze(nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 2)), "0")
+    images = torch.randint(0, 255, (7, 3, 24, 24), dtype=torch.uint8)
+    images = images if change == "from bytes" else images.float()
+    prefix, reason = find_prefix(network, images, lambda x: network(CHANGES[change](x)))
+    assert prefix is not None, reason
+    assert torch.equal(prefix.extract(images)[prefix.boundary], network[1](network[0](CHANGES[change](images))))
+    with prefix.replay(prefix.extract(images)) as stand_in:
+        assert stand_in.shape == images.shape and stand_in.dtype == images.dtype
+        assert torch.equal(network(CHANGES[change](stand_in)), network(CHANGES[change](images)))
+    for other in (lambda x: CHANGES[change](x).roll(1, 0), lambda x: CHANGES[change](x) * 0.5):
+        with (
+            pytest.raises(RuntimeError, match="changes the stored features on their way"),
+            prefix.replay(prefix.extract(images)) as stand_in,
+        ):
+            network(other(stand_in))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x + torch.rand(1), lambda x: x - x.mean(), lambda x: 0.5 * (x + x.flip(0))]
+)
+def test_images__drawn_or_mixed_on_their_way_are_refused(change: Callable[[Tensor], Tensor]) -> None:
+    network = freeze(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2)), "0")
+    prefix, reason = find_prefix(network, torch.randn(3, 3, 8, 8), lambda x: network(change(x)))
     assert prefix is None
-    assert "no module is handed the images" in reason
+    assert "no module is handed the images as they are: something changes them on their way" in reason
 
 
 class Halve(nn.Module):
@@ -563,7 +591,7 @@ def test_installed_batch__survives_what_writes_in_place_and_is_handed_on_uncopie
     before, seen = packed.clone(), []
     hook = network[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].data_ptr()))
     with torch.set_grad_enabled(grad):
-        prefix.install(packed)
+        prefix.install(prefix.stand_in(packed))
         assert all(torch.equal(network(packed), expected) for _ in range(2))
         prefix.remove()
     hook.remove()
@@ -587,14 +615,14 @@ def test_installed_batch__that_is_written_to_only_after_the_search_is_not_read_a
     expected, features = network(images), prefix.extract(images)
     network[1].late = True
     packed = prefix.pack(features).clone()
-    prefix.install(packed)
+    prefix.install(prefix.stand_in(packed))
     assert torch.equal(network(packed), expected)
     with pytest.raises(RuntimeError, match="changes the stored features"):
         network(packed)
     prefix.remove()
     with torch.inference_mode():  # no version to watch: a copy is handed on
         packed = prefix.pack(features).clone()
-        prefix.install(packed)
+        prefix.install(prefix.stand_in(packed))
         assert all(torch.equal(network(packed), expected) for _ in range(2))
         prefix.remove()
 
@@ -699,38 +727,47 @@ def test_search__changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "frozen", "module", "expected"),
+    ("name", "frozen", "module", "boundary", "expected"),
     [
-        ("test_resnet", ["conv1", "bn1", "layer1"], "bn1", "'bn1' (BatchNorm2d) is frozen but normalises with batch"),
+        (
+            "test_resnet",
+            ["conv1", "bn1", "layer1"],
+            "bn1",
+            "conv1",
+            "'bn1' (BatchNorm2d) is frozen but normalises with",
+        ),
         (
             "test_resnet",
             ["conv1", "bn1", "layer1"],
             "layer1.0.conv1",
+            "bn1",
             "'layer1.0.conv1' (Conv2d) is frozen but in train",
         ),
-        ("test_vit", [*VIT, "blocks.0"], "pos_drop", "'pos_drop' (Dropout) is frozen but in train mode"),
+        ("test_vit", [*VIT, "blocks.0"], "pos_drop", "patch_embed", "'pos_drop' (Dropout) is frozen but in train mode"),
     ],
 )
-def test_train_mode__before_the_boundary_is_refused(name: str, frozen: list[str], module: str, expected: str) -> None:
+def test_train_mode__ends_the_prefix_before_it(
+    name: str, frozen: list[str], module: str, boundary: str, expected: str
+) -> None:
     kwargs = {"img_size": 32, "pos_drop_rate": 0.1} if name == "test_vit" else {}
     network = freeze(build(name, **kwargs), *frozen)
     images = torch.randn(3, 3, 32, 32)
     network.get_submodule(module).eval()
     prefix = find(network, images)
     network.get_submodule(module).train()
-    refused, reason = find_prefix(network, images)
-    assert refused is None
+    earlier, reason = find_prefix(network, images)
+    assert earlier is not None and earlier.boundary == boundary
     assert expected in reason
     with pytest.raises(RuntimeError, match="is frozen but"):
         prefix.extract(images)
 
 
-def test_batch_statistics__without_running_ones_are_refused() -> None:
+def test_batch_statistics__without_running_ones_end_the_prefix_before_them() -> None:
     network = freeze(
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Conv2d(4, 4, 3)), "0", "1"
     )
     prefix, reason = find_prefix(network, torch.randn(3, 3, 8, 8))
-    assert prefix is None
+    assert prefix is not None and prefix.boundary == "0"
     assert "'1' (BatchNorm2d)" in reason
 
 
@@ -768,9 +805,54 @@ def test_features__that_are_not_of_the_image_alone_walk_the_boundary_back(noise:
     ],
 )
 def test_nothing_to_store__is_said(frozen: list[str], expected: str) -> None:
-    prefix, reason = find_prefix(freeze(build("test_resnet"), *frozen), torch.randn(3, 3, 32, 32))
+    network = freeze(build("test_resnet"), *frozen)
+    prefix, reason = find_prefix(network, torch.randn(3, 3, 32, 32), lambda x: network(x).mean())
     assert prefix is None
     assert expected in reason
+
+
+def test_tower__that_is_frozen_as_a_whole_gives_its_output() -> None:
+    tower = freeze(build("test_resnet"), "conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc")
+    images = torch.randn(5, 3, 32, 32)
+    prefix, reason = find_prefix(tower, images)
+    assert prefix is not None and prefix.boundary == "network", reason
+    with prefix.replay(prefix.extract(images)) as features:
+        assert torch.equal(tower(features), tower.eval()(images))
+
+
+def test_adapters__in_the_top_blocks_end_the_prefix_below_them() -> None:
+    """Low-rank adapters beside frozen layers: the norms of those blocks are frozen and in train mode."""
+
+    class Adapted(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base, self.down, self.up = base, nn.Linear(base.in_features, 2), nn.Linear(2, base.out_features)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) + self.up(self.down(x))
+
+    network = build("test_vit", img_size=32).requires_grad_(False)
+    depth = len(network.blocks)
+    network.head.requires_grad_(True)
+    for block in network.blocks[-2:]:
+        block.attn.qkv = Adapted(block.attn.qkv)
+    for part in (network.patch_embed, network.pos_drop, *network.blocks[:-2]):
+        part.eval()
+    prefix, reason = find_prefix(network, torch.randn(7, 3, 32, 32))  # compared with the plain forward, bitwise
+    assert prefix is not None and prefix.boundary == f"blocks.{depth - 3}"
+    assert f"'blocks.{depth - 2}.norm1' (LayerNorm) is frozen but in train mode" in reason
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_reentrant_checkpoints__of_the_frozen_part_and_of_what_trains() -> None:
+    class Checkpointed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            x = checkpoint(self[0], x, use_reentrant=True).detach()
+            return self[2](checkpoint(self[1], x.requires_grad_(torch.is_grad_enabled()), use_reentrant=True))
+
+    parts = [nn.Conv2d(3, 4, 3), nn.Sequential(nn.Flatten(), nn.Linear(144, 8)), nn.Linear(8, 2)]
+    network = freeze(Checkpointed(*parts), "0")
+    assert find(network, torch.randn(7, 3, 8, 8)).boundary == "0"
 
 
 def test_trainable_position_embedding__ends_the_prefix_before_it() -> None:

@@ -24,6 +24,7 @@ from lightning_unfreeze.features.layout import StoreLayout, TensorSpec
 from lightning_unfreeze.features.search import find_prefix
 from lightning_unfreeze.features.serve import (
     FeatureDataset,
+    ViewedData,
     _callables_fingerprint,
     check_loader,
     evaluation_transform,
@@ -101,8 +102,8 @@ def test_batch_form__keeps_the_form_of_the_users_batch(batch):
 @pytest.mark.parametrize(
     ("batch", "reason"),
     [
-        ((LABELS, LABELS), "no floating point tensor"),
-        ((IMAGES.to(torch.uint8), LABELS), "no floating point tensor"),
+        ((LABELS, LABELS), "no floating point or uint8 tensor"),
+        ((IMAGES.long(), LABELS), "no floating point or uint8 tensor"),
         ((IMAGES, torch.tensor(0.3)), r"shape \(\).*one per image"),
         ((IMAGES, LABELS[:3]), r"shape \(3,\).*one per image"),
         ((IMAGES, ["a", "b"]), r"\['a', 'b'\], which does not come one per image"),
@@ -174,7 +175,7 @@ class OwnSampler(DistributedSampler[Any]):
     ("loader", "reason"),
     [
         ([1], "a list, not a single DataLoader"),
-        (DataLoader(Pictures(), batch_size=None), "own SequentialSampler"),
+        (DataLoader(Pictures(), batch_size=None), "batch_size=None SequentialSampler has to give lists"),
         (DataLoader(Pictures(), sampler=OwnSampler(Pictures(), 1, 0)), "OwnSampler"),
         (DataLoader(Pictures(0)), "empty"),
     ],
@@ -217,13 +218,18 @@ def test_probe_batch__random_images_are_refused():
     probe_batch(DataLoader(arrays), arrays, 4)  # numpy beside the images is no draw
 
 
+def viewed(loader: Any, dataset: Any, seed: int) -> ViewedData:
+    raw, form = probe_batch(loader, Pictures(), 4)
+    return ViewedData("train", loader, [dataset] * 3, raw, raw, form, form, False, seed)
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_view_batches__are_a_function_of_seed_view_and_row(num_workers):
     data = Pictures(transform=noise)
 
     def read(rows: list[int], view: int = 1, seed: int = 5, workers: int = 0) -> dict[int, torch.Tensor]:
         loader = DataLoader(data, batch_size=3, num_workers=workers)
-        batches = view_batches(loader, data, seed, view, torch.tensor(rows))
+        batches = view_batches(viewed(loader, data, seed), view, torch.tensor(rows))
         return {int(row): image for part, (images, _) in batches for row, image in zip(part, images, strict=True)}
 
     state = torch.get_rng_state()
@@ -239,7 +245,7 @@ def test_view_batches__view_0_is_read_in_order_and_leaves_the_random_state_alone
     data = Pictures(transform=draws_to_no_effect)
     loader = DataLoader(data, batch_size=3, num_workers=num_workers)
     state = torch.get_rng_state()
-    parts = list(view_batches(loader, data, 5, 0, torch.tensor([7, 2, 5, 9])))
+    parts = list(view_batches(viewed(loader, data, 5), 0, torch.tensor([7, 2, 5, 9])))
     assert torch.equal(torch.get_rng_state(), state)
     assert [part.tolist() for part, _ in parts] == [[7, 2, 5], [9]] == [batch[1].tolist() for _, batch in parts]
     assert torch.equal(torch.cat([images for _, (images, _) in parts]), data.images[[7, 2, 5, 9]])
@@ -265,7 +271,8 @@ def stored(tmp_path):
 
 
 def rows_of(loader: Any) -> list[list[int]]:
-    batches = [(features.flatten().tolist(), labels.tolist()) for features, labels in loader]
+    opened = [batch.opened() for batch in loader]
+    batches = [(features.flatten().tolist(), labels.tolist()) for features, labels in opened]
     assert all(labels == [2 * row for row in rows] for rows, labels in batches)
     return [[int(row) for row in rows] for rows, _ in batches]
 
@@ -276,7 +283,7 @@ def user_rows(loader: Any) -> list[list[int]]:
 
 def test_feature_dataset__reads_the_rows_of_its_view(stored):
     stored.view = 1
-    features, labels = stored[[3, 0, 3]]
+    features, labels = stored[[3, 0, 3]].opened()
     assert features.flatten().tolist() == [103, 100, 103] and labels.tolist() == [6, 0, 6]
 
 
