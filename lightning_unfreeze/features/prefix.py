@@ -45,8 +45,8 @@ Run = Callable[[Tensor], Any]
 
 _MARK = "_lightning_unfreeze_served"
 _CHANGED = (
-    "the step changes the stored features on their way to the network, as it would change images; augment in the "
-    "dataset's transform, or train this stage without stored features"
+    "{} changes the stored features on their way to the network, as it would change images; augment in the dataset's "
+    "transform, or train without stored features"
 )
 
 
@@ -67,6 +67,7 @@ class FrozenPrefix:
         dtypes: Precision the forward ran in, per key. Features stored in another one are cast back in replay.
         image_shape: ``(C, H, W)`` of the images the prefix was found with.
         module_names: The modules of the prefix, in the order they are called.
+        suspects: Who may have changed features that are not as they were served, for the error.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class FrozenPrefix:
         # what becomes of placeholders 0 and 1 on their way, where images are changed: (2, ...)
         self._changed = changed
         self._writes_in_place = True  # whether modules behind the boundary do, into the features; `verify` looks
+        self.suspects = "the step"
         self._expected: tuple[Tensor, int] | None = None
         self._forget()
 
@@ -240,7 +242,7 @@ class FrozenPrefix:
         self._forget()
         if images is not None:
             if not self.is_served(images):
-                raise RuntimeError(_CHANGED)
+                raise RuntimeError(_CHANGED.format(self.suspects))
             packed, version = vars(images)[_MARK]
             if packed is None:
                 self._expected = (images, version)
@@ -305,7 +307,7 @@ class FrozenPrefix:
 
     def _arm(self, packed: Tensor) -> Tensor:
         if self._expected is not None and not _is_unchanged(packed, *self._expected):
-            raise RuntimeError(_CHANGED)
+            raise RuntimeError(_CHANGED.format(self.suspects))
         self._features = {self._stored[key]: rows for key, rows in self.unpack(packed).items()}
         self._batch, self._device, self._next, self._entered_once = len(packed), packed.device, 0, True
         return nothing([len(packed), *self.image_shape], self._image_dtype, packed.device)
@@ -333,7 +335,7 @@ class FrozenPrefix:
             not torch.equal(images[i::2], one.expand_as(images[i::2]))
             for i, one in enumerate(as_seen.to(self._device)[: self._batch])
         ):
-            raise RuntimeError(_CHANGED)
+            raise RuntimeError(_CHANGED.format(self.suspects))
 
     def _hand_on(self, leaf: Leaf, rows: Tensor) -> Tensor:
         tensor = leaf.from_rows(rows)

@@ -636,16 +636,11 @@ class Augmenting(UserModule):
 
 
 def test_precompute__augmentation_on_the_device_is_in_the_views(tmp_path):
-    class Seen(Augmenting):
-        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-            seen.setdefault(self.trainer.current_epoch, []).append(batch[0].flatten(1))
-            return super().training_step(batch, batch_idx)
-
-    seen: dict[int, list[torch.Tensor]] = {}
-    module, _ = fit(tmp_path, seeded(Seen), loader(), stages=head_stage(True, 4), options={"num_views": 2})
+    seen, options = SeenFeatures(), {"num_views": 2}
+    module, _ = fit(tmp_path, seeded(Augmenting), loader(), None, head_stage(True, 4), [seen], options)
     images, network = random_images().tensors[0] / 2, module.backbone.eval()
     plain, flipped = network(images).flatten(1), network(images.flip(-1)).flatten(1)
-    epochs = [torch.cat(seen[epoch]) for epoch in range(4)]
+    epochs = [seen.epoch(number).flatten(1) for number in range(4)]
     torch.testing.assert_close(epochs[0], plain)
     assert torch.equal(epochs[2], epochs[0]) and torch.equal(epochs[3], epochs[1])
     is_flipped = [bool(torch.allclose(row, other, atol=1e-6)) for row, other in zip(epochs[1], flipped, strict=True)]
@@ -680,7 +675,7 @@ def test_precompute__a_callback_that_changes_batches_gets_images(how, tmp_path):
 
 @pytest.mark.parametrize("how", ["mix", "erase"])
 def test_precompute__a_callback_that_changes_batches_later_is_an_error_that_names_it(how, tmp_path):
-    with pytest.raises(RuntimeError, match="by on_train_batch_start of Mixes"):
+    with pytest.raises(RuntimeError, match="or on_train_batch_start of Mixes changes the stored features"):
         fit(tmp_path, train=loader(), callbacks=[Mixes(how, first_epoch=1)])
 
 
