@@ -383,21 +383,20 @@ class PrecomputeFeatures(StageCallback):
         )
 
     def _head_rows(self, host: Host, split: str) -> HeadRows:
-        stored, dataset, module = self._stored[split], self._datasets[split], host.network
+        stored, module = self._stored[split], host.network
+        dataset = FeatureDataset(stored.store, stored.data.form, stored.prefix)
 
         def batches() -> Iterator[Any]:
             for dataset.view in range(stored.store.layout.num_views):
                 for first in range(0, len(dataset), _SOLVED_ROWS):
-                    yield host.feed(dataset[list(range(first, min(first + _SOLVED_ROWS, len(dataset))))])
+                    rows = list(range(first, min(first + _SOLVED_ROWS, len(dataset))))
+                    yield dataset[rows].to(host.device).opened()
 
-        view = dataset.view
         try:
-            with installed(stored.prefix):
+            with _installed(stored.prefix):
                 return head_rows(host.run, linear_head(module, _trainable(module)), batches())
         except NotLinearError as error:
             raise NoStoreError(str(error)) from error
-        finally:
-            dataset.view = view
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Chooses the view of the epoch."""
