@@ -30,6 +30,7 @@ from lightning_unfreeze.data.images import Reading
 from lightning_unfreeze.data.transforms import make_transform
 from lightning_unfreeze.layers.families import HEAD
 from lightning_unfreeze.layers.groups import layer_groups
+from lightning_unfreeze.layers.param_groups import decay_groups
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -353,8 +354,11 @@ class TransferClassifier(pl.LightningModule):
         return dict(sorted(zip(names, probs, strict=True), key=lambda pair: -pair[1]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The optimizer over all parameters, for callbacks to divide by layer group."""
-        return self.optimizer(self.parameters())
+        """The optimizer over all parameters, for callbacks to divide by layer group.
+
+        Its weight decay leaves out biases, norms, tokens and all else of one dimension.
+        """
+        return self.optimizer(decay_groups(self))
 
 
 def _size_of(parameter: Tensor) -> float:

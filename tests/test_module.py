@@ -208,7 +208,8 @@ def test_optimizer__gets_all_parameters() -> None:
     module = digits(pretrained=False, optimizer=lambda params: torch.optim.SGD(params, lr=0.5))
     optimizer = module.configure_optimizers()
     assert isinstance(optimizer, torch.optim.SGD)
-    assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in module.model.parameters()}
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in module.model.parameters())
 
 
 def test_setup__another_number_of_classes_in_the_data_is_refused_with_both_numbers() -> None:

@@ -15,9 +15,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from lightning_unfreeze.layers.groups import LayerGroup
 
+_TOKENS = ("token", "pos_embed", "position_embedding", "class_embedding")
 _SCHEDULERS_LISTS_PER_GROUP = frozenset(
     {"base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums", "base_values"}
 )
@@ -53,6 +55,38 @@ def rate_ratios(
             "give one per group, input first, or one number"
         )
     return dict(zip(groups, lr_mult, strict=True))
+
+
+def decay_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Param groups for an optimizer: what its weight decay holds for, and what is not to be decayed.
+
+    timm's rule: no decay of biases, norms and all else of one dimension, of what the network's `no_weight_decay()`
+    names, and of class tokens and position tables.
+
+    Args:
+        module: The network, or what holds it.
+
+    Returns:
+        Parameters without a `weight_decay`, so that the optimizer's own holds, and those with 0.
+
+    Example:
+        >>> [[tuple(p.shape) for p in group["params"]] for group in decay_groups(nn.Linear(4, 2))]
+        [[(2, 4)], [(2,)]]
+    """
+    listed = {
+        f"{path}.{name}" if path else name
+        for path, part in module.named_modules()
+        if callable(getattr(type(part), "no_weight_decay", None))
+        for name in part.no_weight_decay()  # type: ignore[operator]
+    }
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        token = any(word in name.rpartition(".")[2] for word in _TOKENS)
+        plain = parameter.ndim <= 1 or name.endswith(".bias") or name in listed or token
+        (no_decay if plain else decay).append(parameter)
+    groups = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def layer_group_of(group: Mapping[str, Any]) -> str:
