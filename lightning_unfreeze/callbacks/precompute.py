@@ -45,7 +45,7 @@ from lightning_unfreeze.features.shortcut import Host, check_step, find_shortcut
 from lightning_unfreeze.features.solve import HeadRows, solve_head
 from lightning_unfreeze.features.store import prune
 from lightning_unfreeze.inside_lightning.distributed import gather_objects
-from lightning_unfreeze.inside_lightning.loaders import load_validation
+from lightning_unfreeze.inside_lightning.loaders import ask_for_loaders_again, load_validation
 from lightning_unfreeze.inside_lightning.sandbox import in_eval_mode, sandbox
 from lightning_unfreeze.inside_lightning.steps import StepName, batch_on_device, step_output, training_loss
 from lightning_unfreeze.inside_lightning.transfer import (
@@ -350,7 +350,7 @@ class PrecomputeFeatures(StageCallback):
                 'cached_batch_size out, or give the scheduler {"interval": "epoch"}'
             )
         if self._sources:
-            _ask_for_loaders_again(trainer)
+            ask_for_loaders_again(trainer)
 
     def on_stage_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
         """Solves the head of a stage that asks for it.
@@ -443,13 +443,13 @@ class PrecomputeFeatures(StageCallback):
         """Has the validation loader asked for again: the sanity check ran on images."""
         run = conductor(trainer).current_run(trainer)
         if self._sources and (run.stage.precompute or not run.planned):
-            _ask_for_loaders_again(trainer)
+            ask_for_loaders_again(trainer)
 
     def on_stage_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
         """Gives the loaders back, and has those of the next stage asked for."""
         following = self.run.later[:1] if self.run is not None else ()
         if self._sources and (self._stored or any(stage.precompute for stage in following)):
-            _ask_for_loaders_again(trainer)
+            ask_for_loaders_again(trainer)
         self._check_frozen_part(stage)
         if stage.solve:  # its rates are 0, and the moments that its steps left are of no later use
             for parameter in _trainable(pl_module):
@@ -537,12 +537,6 @@ class _StageSource(_DataLoaderSource):
 
     def dataloader(self) -> Any:
         return self.callback.loader_for(self.trainer, self.split, self.inner.dataloader)
-
-
-def _ask_for_loaders_again(trainer: pl.Trainer) -> None:
-    """What `reload_dataloaders_every_n_epochs` does, at one point in time; private, guarded as in `setup`."""
-    trainer.fit_loop._combined_loader = None
-    trainer.fit_loop.epoch_loop.val_loop._combined_loader = None
 
 
 def _trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:

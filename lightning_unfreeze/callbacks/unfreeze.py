@@ -29,6 +29,7 @@ from lightning_unfreeze.inside_lightning.distributed import (
     refuse_sync_batchnorm,
     refuse_untested_strategy,
 )
+from lightning_unfreeze.inside_lightning.image_size import check_image_sizes, refuse_fixed_image_size, set_image_size
 from lightning_unfreeze.inside_lightning.resume import ResumePoint, resume_point
 from lightning_unfreeze.layers.freezing import fixed_parameters, frozen_modules, select, trained_parameters
 from lightning_unfreeze.layers.groups import LayerGroup, layer_groups
@@ -42,7 +43,7 @@ from lightning_unfreeze.layers.param_groups import (
 )
 from lightning_unfreeze.seeding import kept_rng, rng_state, seed_all, set_rng_state
 from lightning_unfreeze.stages.journal import StageJournal
-from lightning_unfreeze.stages.plan import Stage, check_plan, plan_epochs
+from lightning_unfreeze.stages.plan import Stage, check_plan, image_sizes, plan_epochs
 from lightning_unfreeze.stages.progress import Progress
 
 _LIGHTNING_DEFAULT_EPOCHS = 1000
@@ -127,6 +128,7 @@ class GradualUnfreeze(Conductor):
             )
         self._refuse_other_callbacks(trainer)
         self._check_needs(trainer)
+        refuse_fixed_image_size(trainer, image_sizes(self.stages))
         self._set_max_epochs(trainer)
         # a module that builds its network in `configure_model` is looked at in `on_fit_start`, when it is there
         if not is_overridden("configure_model", pl_module):
@@ -205,6 +207,8 @@ class GradualUnfreeze(Conductor):
         self._log_plan(trainer)
         self._show_stage_on_bar(trainer)
         self.enter_stage(trainer)
+        check_image_sizes(trainer, pl_module, image_sizes(self.stages))
+        self._set_image_size(trainer, self.stages[self.progress.index])
         self._seeded_epoch = self.progress.start_epoch if self._resume is None else self._resume.next_epoch
         self._seed("epoch", self._seeded_epoch, trainer)
         self.journal.start_clock()
@@ -280,6 +284,11 @@ class GradualUnfreeze(Conductor):
                 parameter.grad = None
         self._set_modes(trainer.lightning_module, self.trained(stage), everything - trained)
         rebuild_ddp(trainer)
+
+    def _set_image_size(self, trainer: pl.Trainer, stage: Stage | None) -> None:
+        """Tells the data module, in a plan of several sizes; None is the end of the fit."""
+        if image_sizes(self.stages):
+            set_image_size(trainer, None if stage is None else stage.image_size_px)
 
     def _set_modes(self, pl_module: pl.LightningModule, trained: list[str], frozen: set[nn.Parameter]) -> None:
         self._put_modes_back()
@@ -386,6 +395,7 @@ class GradualUnfreeze(Conductor):
         self._close_row(trainer, next_epoch)
         if self.progress.index + 1 < len(self.stages):
             self.progress = self.progress.next(next_epoch, trainer.global_step)
+            self._set_image_size(trainer, self.stages[self.progress.index])
             trainer.fit_loop.max_epochs = next_epoch + plan_epochs(self.stages[self.progress.index :])
         elif asked_to:
             self.progress = self.progress.finish()
@@ -404,6 +414,8 @@ class GradualUnfreeze(Conductor):
         super().teardown(trainer, pl_module, stage)
         if trainer.progress_bar_callback is not None:
             vars(trainer.progress_bar_callback).pop("get_metrics", None)
+        if stage == "fit":
+            self._set_image_size(trainer, None)
         self._put_modes_back()
         self._loaded, self._resume = None, None
 

@@ -92,3 +92,12 @@ def load_validation(trainer: pl.Trainer) -> None:
         trainer.validating = True
         trainer.fit_loop.epoch_loop.val_loop.setup_data()
         trainer.training = True
+
+
+def ask_for_loaders_again(trainer: pl.Trainer) -> None:
+    """What `reload_dataloaders_every_n_epochs` does, at one point in time.
+
+    There is no public way; guarded by `test_precompute__lightning_asks_for_the_loaders_of_each_stage` (Lightning 2.6).
+    """
+    trainer.fit_loop._combined_loader = None
+    trainer.fit_loop.epoch_loop.val_loop._combined_loader = None

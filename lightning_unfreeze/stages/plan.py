@@ -39,8 +39,8 @@ class Stage:
         solve: Solve the head on the stored features (multinomial logistic regression) instead of training it. Such a
             stage has no rate and no length of its own: in its one epoch the solved head is scored and nothing moves.
         patience_epochs: Epochs without improvement that end a stage with `until="plateau"`.
-        image_size_px: Side of the images in this stage, for a data module with `set_image_size` (progressive
-            resizing: small images first); None leaves the size that the data has.
+        image_size_px: Side of the images in this stage (progressive resizing: small images first), for a data module
+            with `set_image_size(px)`; None for the size that the data has.
 
     Raises:
         ValueError: For an impossible value, or options that disagree.
@@ -220,8 +220,6 @@ class Stage:
             needs["until='plateau'"] = "CosineRestarts"
         if self.solve:
             needs["solve=True"] = "PrecomputeFeatures"
-        if self.image_size_px is not None:
-            needs[f"image_size_px={self.image_size_px}"] = "ImageSizePerStage"
         return needs
 
 
@@ -270,6 +268,15 @@ def check_plan(stages: Sequence[Stage]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"stage names have to differ, {twice} are used more than once in {names}")
+
+
+def image_sizes(stages: Sequence[Stage]) -> dict[str, int]:
+    """Stage name -> side of its images in pixels, of the stages that want one.
+
+    >>> image_sizes([Stage("small", epochs=1, image_size_px=96), Stage("full", epochs=1)])
+    {'small': 96}
+    """
+    return {stage.name: stage.image_size_px for stage in stages if stage.image_size_px is not None}
 
 
 def plan_epochs(stages: Sequence[Stage]) -> int:
