@@ -77,7 +77,7 @@ def decay_groups(module: nn.Module) -> list[dict[str, Any]]:
         f"{path}.{name}" if path else name
         for path, part in module.named_modules()
         if callable(getattr(type(part), "no_weight_decay", None))
-        for name in part.no_weight_decay()  # type: ignore[operator]
+        for name in part.no_weight_decay()
     }
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
@@ -85,7 +85,7 @@ def decay_groups(module: nn.Module) -> list[dict[str, Any]]:
         token = any(word in name.rpartition(".")[2] for word in _TOKENS)
         plain = parameter.ndim <= 1 or name.endswith(".bias") or name in listed or token
         (no_decay if plain else decay).append(parameter)
-    groups = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
