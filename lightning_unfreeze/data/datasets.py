@@ -25,27 +25,53 @@ def innermost_dataset(dataset: Any) -> Any:
     return dataset
 
 
+def inner_datasets(dataset: Any) -> list[Any]:
+    """The datasets that one holds: in `dataset` or `datasets`, or, if they are of torch's kind, under any name."""
+    found: list[Any] = []
+    for name, value in getattr(dataset, "__dict__", {}).items():
+        values = list(value) if isinstance(value, list | tuple) else [value]
+        if name in ("dataset", "datasets") or (values and all(isinstance(each, Dataset) for each in values)):
+            found += [each for each in values if hasattr(each, "__getitem__") and not isinstance(each, str)]
+    return found
+
+
 def nested_datasets(dataset: Any) -> Iterator[Any]:
-    """The dataset and all those that it wraps, in `dataset` or, as `ConcatDataset` does, in `datasets`."""
+    """The dataset and all those that it wraps."""
     yield dataset
-    inner = [dataset.dataset] if hasattr(dataset, "dataset") else getattr(dataset, "datasets", [])
-    for each in inner:
+    for each in inner_datasets(dataset):
         yield from nested_datasets(each)
 
 
+def _own_transform(dataset: Any) -> Callable[[Any], Any] | None:
+    named = (getattr(dataset, name, None) for name in ("transform", "transforms"))
+    return next((transform for transform in named if callable(transform)), None)
+
+
 def transform_of(dataset: Any) -> Callable[[Any], Any] | None:
-    """The `transform` of the innermost dataset; None where it has none that can be called."""
-    transform = getattr(innermost_dataset(dataset), "transform", None)
-    return transform if callable(transform) else None
+    """The `transform` (or joint `transforms`) of the outermost dataset that has one; None where none has."""
+    return next(filter(None, map(_own_transform, nested_datasets(dataset))), None)
 
 
 def with_transform(dataset: Any, transform: Callable[[Any], Any]) -> Any:
-    """A copy of the dataset, and of those it wraps, that shares all but the innermost one's `transform`."""
+    """A copy of the dataset, and of those it wraps, that shares all but the transform of the outermost that has one."""
     copied = copy.copy(dataset)
-    if hasattr(dataset, "dataset"):
-        copied.dataset = with_transform(dataset.dataset, transform)
-    else:
+    inner = inner_datasets(dataset)
+    if callable(getattr(dataset, "transform", None)) or not inner:
         copied.transform = transform
+        joint: Any = copy.copy(getattr(dataset, "transforms", None))
+        if hasattr(joint, "transform"):  # torchvision's datasets call this one
+            joint.transform = transform
+            copied.transforms = joint
+        return copied
+    if callable(getattr(dataset, "transforms", None)):
+        copied.transforms = transform
+        return copied
+    replaced = {id(each): with_transform(each, transform) for each in inner}
+    for name, value in vars(dataset).items():
+        if id(value) in replaced:
+            setattr(copied, name, replaced[id(value)])
+        elif isinstance(value, list | tuple) and value and id(value[0]) in replaced:
+            setattr(copied, name, type(value)(replaced.get(id(each), each) for each in value))
     return copied
 
 

@@ -1,1 +1,5 @@
-"""The frozen part of a network: where it ends, what it gives, and where that is kept. torch alone, no Lightning."""
+"""Features of a frozen network, computed once and stored. Torch only: `cached` serves any training loop."""
+
+from lightning_unfreeze.features.plain_loop import CachedBatches, cached
+
+__all__ = ["CachedBatches", "cached"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_unfreeze.features.batch_form import NoStoreError
-from lightning_unfreeze.features.key import fingerprint_of, prefix_fingerprint
+from lightning_unfreeze.features.key import fingerprint_of, function_fingerprint, prefix_fingerprint
 from lightning_unfreeze.features.layout import StoreDtype, StoreError, StoreLayout, TensorSpec
 from lightning_unfreeze.features.prefix import FrozenPrefix, advance
 from lightning_unfreeze.features.serve import ViewedData, pass_size, view_batches
@@ -86,7 +86,8 @@ class FeaturePass:
     ) -> None:
         self.host, self.data, self.prefix, self.verify = host, data, prefix, verify
         self.data_key, self.prefix_key = data.key(), prefix_fingerprint(prefix)
-        key = fingerprint_of(data=self.data_key, prefix=self.prefix_key, dtype=dtype)
+        function = function_fingerprint(prefix)
+        key = fingerprint_of(data=self.data_key, prefix=self.prefix_key, function=function, dtype=dtype)
         tensors = {name: TensorSpec.like(value) for name, value in data.form.split(data.fed)[1].items()}
         for name, shape in prefix.shapes.items():
             tensors[name] = TensorSpec.like(torch.empty(1, *shape, dtype=prefix.dtypes[name]), dtype)

@@ -98,6 +98,8 @@ class FrozenPrefix:
         self._changed = changed
         self._writes_in_place = True  # whether modules behind the boundary do, into the features; `verify` looks
         self.suspects = "the step"
+        self.only_served = False  # whether features that were not marked by `stand_in` are refused
+        self.precision = ""  # of what `extract` ran in last: autocast, matrix products
         self._expected: tuple[Tensor, int] | None = None
         self._forget()
 
@@ -165,6 +167,9 @@ class FrozenPrefix:
             if name != self._calls[len(outputs)].name:
                 raise RuntimeError(f"{name!r} was called where {self._calls[len(outputs)].name!r} was expected")
             busy = True
+            device = self._device_type()
+            autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+            self.precision = f"{autocast} {torch.get_float32_matmul_precision() if device == 'cuda' else ''}"
             try:
                 result = original(*args, **kwargs)
             finally:
@@ -211,6 +216,9 @@ class FrozenPrefix:
         """Whether it is what `stand_in` gave, and nobody wrote into it since."""
         mark = vars(images).get(_MARK)
         return mark is not None and mark[1] == version_of(images)
+
+    def _device_type(self) -> str:
+        return next((p.device.type for p in self.network.parameters()), "cpu")
 
     @contextlib.contextmanager
     def replay(self, features: Mapping[str, Tensor]) -> Iterator[Tensor]:
@@ -306,7 +314,8 @@ class FrozenPrefix:
         return entry
 
     def _arm(self, packed: Tensor) -> Tensor:
-        if self._expected is not None and not _is_unchanged(packed, *self._expected):
+        changed = self._expected is not None and not _is_unchanged(packed, *self._expected)
+        if changed or (self.only_served and not self.is_served(packed)):
             raise RuntimeError(_CHANGED.format(self.suspects))
         self._features = {self._stored[key]: rows for key, rows in self.unpack(packed).items()}
         self._batch, self._device, self._next, self._entered_once = len(packed), packed.device, 0, True

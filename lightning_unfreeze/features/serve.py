@@ -24,6 +24,7 @@ from torch.utils.data import (
 from lightning_unfreeze.data.datasets import nested_datasets, transform_of
 from lightning_unfreeze.data.loaders import EpochBatchSampler, EpochSampler, KeyedDataset, ResumableLoader
 from lightning_unfreeze.features.batch_form import BatchForm, NoStoreError
+from lightning_unfreeze.features.describe import NotUnderstoodError
 from lightning_unfreeze.features.key import dataset_fingerprint, fingerprint_of, transform_fingerprint
 from lightning_unfreeze.features.prefix import FrozenPrefix
 from lightning_unfreeze.features.store import FeatureStore
@@ -218,13 +219,18 @@ class ViewedData:
             NoStoreError: If something of the dataset cannot be told from another.
         """
         strict = self.fingerprint is None
-        return fingerprint_of(
-            data=dataset_fingerprint(self.views[0], fingerprint=self.fingerprint),
-            transforms=[_callables_fingerprint(view, strict) for view in self.views],
-            collate=transform_fingerprint(self.loader.collate_fn, strict),
-            feeding=self.feeding,
-            seed=self.seed if len(self.views) > 1 else None,
-        )
+        try:
+            return fingerprint_of(
+                data=dataset_fingerprint(self.views[0], fingerprint=self.fingerprint),
+                transforms=[_callables_fingerprint(view, strict) for view in self.views],
+                collate=transform_fingerprint(self.loader.collate_fn, strict),
+                feeding=self.feeding,
+                seed=self.seed if len(self.views) > 1 else None,
+            )
+        except NotUnderstoodError as error:
+            raise NoStoreError(
+                f"the data holds {error}" if "data_fingerprint" not in str(error) else f"{error}"
+            ) from None
 
 
 def _callables_fingerprint(dataset: Any, strict: bool = False) -> str:

@@ -157,8 +157,8 @@ def test_dataset_fingerprint__sees_files_by_size_time_and_name(image_folder):
     assert dataset_fingerprint(ImageFolder(image_folder, transform=lambda x: x)) == keys[0]
     touch(path, 1)  # equal size, other time: as an image written anew
     keys.append(key())
-    touch(path, -1)
-    assert key() == keys[0]
+    touch(path, -1)  # equal size, equal time: as one replaced by a tool that keeps times
+    keys.append(key())
     size = path.stat().st_size
     stat = path.stat()
     path.write_bytes(path.read_bytes() + b"\0")
