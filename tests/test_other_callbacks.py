@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import logging
+import math
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +16,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
     Callback,
     EarlyStopping,
     GradientAccumulationScheduler,
@@ -23,12 +27,15 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.tuner import Tuner
 from torch import nn
 
+from lightning_unfreeze.callbacks.base import StageCallback
 from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage
 from lightning_unfreeze.callbacks.precompute import PrecomputeFeatures
 from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
+from lightning_unfreeze.reporting import row
 from lightning_unfreeze.stages.plan import Stage
 from tests.conftest import (
     SmallNet,
@@ -45,6 +52,7 @@ from tests.conftest import (
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:Found .* module:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
     pytest.mark.filterwarnings("ignore:.*no signal in the range test"),
 ]
@@ -112,6 +120,211 @@ def test_early_stopping__ends_the_run_and_the_best_checkpoint_goes_on(tmp_path: 
     assert trainer.current_epoch == 4
     uninterrupted, _ = fit(tmp_path)
     assert same_weights(weights_of(uninterrupted), weights_of(module)) == []
+
+
+class Worsens(UserModule):
+    """Validation by epoch, whatever the weights: nothing gets better after the first epoch of a stage."""
+
+    values = (3.0, 4.0, 4.0, 2.0, 5.0, 5.0, 5.0, 5.0, 5.0)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", self.values[self.current_epoch])
+
+
+STOPPED_PLAN = [Stage("head", train="head", epochs=5, lr=0.1), Stage("top", train=2, epochs=2), Stage("full", epochs=4)]
+
+
+def stopped_fit(
+    *others: Callback, early_stopping: Any = "stage", at_epoch_end: bool = True, ckpt: Any = None
+) -> tuple[pl.Trainer, GradualUnfreeze, UserModule]:
+    torch.manual_seed(0)
+    module = Worsens(SmallNet())
+    plan = GradualUnfreeze(STOPPED_PLAN, early_stopping=early_stopping)
+    stopping = EarlyStopping("val/loss", patience=2, check_on_train_epoch_end=at_epoch_end)
+    saves = any(isinstance(other, ModelCheckpoint) for other in others)
+    trainer = quiet_trainer([stopping, plan, *others], enable_checkpointing=saves)
+    trainer.fit(module, keyed_loader(), loader(random_images(8, seed=1)), ckpt_path=ckpt)
+    return trainer, plan, module
+
+
+@pytest.mark.parametrize("at_epoch_end", [True, False])
+def test_early_stopping__ends_its_stage_and_judges_the_next_one_afresh(at_epoch_end: bool, tmp_path: Path) -> None:
+    """Stage 1 ends after 3 epochs (3, 4, 4), stage 2 by plan after 2 (2, 5), stage 3 after 3 (5, 5, 5)."""
+    saves = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    trainer, plan, module = stopped_fit(saves, at_epoch_end=at_epoch_end)
+    rows = plan.journal.state_dict()["rows"]
+    assert [(row["stage"], row["epochs"]) for row in rows] == [("head", 3), ("top", 2), ("full", 3)]
+    assert trainer.current_epoch == 8
+    assert all("on_train_epoch_end" not in vars(callback) for callback in trainer.callbacks)
+    for epoch in (1, 2, 4):  # inside the stage that is stopped, at its end, at the end of the second one
+        again, resumed, other = stopped_fit(at_epoch_end=at_epoch_end, ckpt=tmp_path / f"epoch={epoch}.ckpt")
+        assert again.current_epoch == 8
+        assert [row["epochs"] for row in resumed.journal.state_dict()["rows"]] == [3, 2, 3]
+        assert same_weights(weights_of(module), weights_of(other)) == []
+
+
+def test_early_stopping__that_ends_the_fit_names_the_stages_that_did_not_run(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        trainer, _, _ = stopped_fit(early_stopping="fit")
+    assert trainer.current_epoch == 3
+    (line,) = [record.getMessage() for record in caplog.records if "did not run" in record.getMessage()]
+    assert "EarlyStopping on 'val/loss'" in line
+    assert "top, full" in line
+    assert "early_stopping='stage'" in line
+
+
+# --- tools that try steps before the fit -----------------------------------------------------------------------------
+
+
+class Sized(UserModule):
+    def __init__(self) -> None:
+        super().__init__(SmallNet())
+        self.batch_size = 4
+
+    def train_dataloader(self) -> Any:
+        return loader(random_images(32), batch_size=self.batch_size)
+
+    def val_dataloader(self) -> Any:
+        return loader(random_images(8, seed=1))
+
+
+@pytest.mark.filterwarnings("ignore:The .*dataloader.* does not have many workers")
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("how", ["callback", "tuner"])
+def test_batch_size_finder__is_followed_by_the_whole_plan(how: str, tmp_path: Path) -> None:
+    def run(size: int | None = None, found: bool = True, ckpt: Any = None) -> tuple[pl.Trainer, Sized]:
+        torch.manual_seed(0)
+        module = Sized()
+        module.batch_size = size or 4
+        callbacks = [
+            GradualUnfreeze(PLAN),
+            PrecomputeFeatures(tmp_path / f"store {found}", policy="always"),
+            LRFinderPerStage(num_steps=20),
+            CosineRestarts(),
+            ModelCheckpoint(tmp_path / f"found {found}", "{epoch}", save_top_k=-1, enable_version_counter=False),
+        ]
+        options = {"max_trials": 2, "steps_per_trial": 1, "init_val": 4}
+        if found and how.startswith("callback"):
+            callbacks.append(BatchSizeFinder(**options))
+        trainer = quiet_trainer(callbacks, default_root_dir=tmp_path, enable_checkpointing=True)
+        if found and how == "tuner":
+            Tuner(trainer).scale_batch_size(module, **options)
+        trainer.fit(module, ckpt_path=ckpt)
+        return trainer, module
+
+    trainer, module = run()
+    assert module.batch_size == 8
+    assert (trainer.current_epoch, trainer.global_step) == (4, 4 * 4)
+    _, plain = run(size=8, found=False)
+    assert same_weights(weights_of(plain), weights_of(module)) == []
+    if how == "callback":
+        with pytest.raises(MisconfigurationException, match=r"BatchSizeFinder.*resumed.*first fit"):
+            run(ckpt=tmp_path / "found True" / "epoch=1.ckpt")
+    assert list(tmp_path.glob(".scale_batch_size*")) == []
+
+
+# --- Ctrl-C ----------------------------------------------------------------------------------------------------------
+
+
+class Interrupts(Callback):
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 8:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("from_the_command_line", [False, True])
+def test_interrupt__writes_the_table_and_says_how_to_go_on(
+    from_the_command_line: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGINT)  # Lightning ignores it from then on
+    last = ModelCheckpoint(tmp_path, save_last=True)
+    others = [type("SaveConfigCallback", (Callback,), {})()] if from_the_command_line else []
+    monkeypatch.setattr(sys, "argv", ["/bin/lightning-unfreeze", "fit", "-c", "my plan.yaml", "--ckpt_path=old.ckpt"])
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"), pytest.raises(SystemExit):
+        fit(tmp_path, last, Interrupts(), *others)
+    signal.signal(signal.SIGINT, before)
+    (line,) = [record.getMessage() for record in caplog.records if "interrupted in stage" in record.getMessage()]
+    file = tmp_path / "last.ckpt"
+    assert "stage 'full'" in line
+    command = f"lightning-unfreeze fit -c 'my plan.yaml' --ckpt_path {file}"
+    assert (command if from_the_command_line else f"ckpt_path={str(file)!r}") in line
+    rows = list(csv.DictReader((tmp_path / "stages.csv").read_text().splitlines()))
+    assert [row["stage"] for row in rows] == ["features", "full"]
+
+
+def test_interrupt__without_a_checkpoint_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"), pytest.raises(SystemExit):
+        fit(tmp_path, Interrupts())
+    signal.signal(signal.SIGINT, before)
+    assert "no checkpoint was written to go on from" in caplog.text
+
+
+# --- what a run says -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "monitor", "module_monitor", "expected"),
+    [
+        (["val/acc", "val/loss"], None, None, "val/acc"),
+        (["valid_loss", "train_acc"], None, None, "valid_loss"),
+        (["eval.F1Score", "eval.error"], None, None, "eval.F1Score"),
+        (["val/error", "val/acc"], "val/error", None, "val/error"),
+        (["iou/dev", "val_loss"], None, "iou/dev", "iou/dev"),
+        (["score"], None, None, "val_acc"),  # nothing tells that it was validated
+    ],
+)
+def test_table__follows_a_metric_of_any_name(
+    names: list[str], monitor: str | None, module_monitor: str | None, expected: str, tmp_path: Path
+) -> None:
+    class Logs(UserModule):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            for name in names:
+                self.log(name, 0.5 - 0.1 * self.current_epoch)
+
+    module = Logs(SmallNet())
+    if module_monitor:
+        module.monitor, module.mode = module_monitor, "min"
+    saves = ModelCheckpoint(tmp_path, monitor=monitor, mode="min", save_on_train_epoch_end=False)
+    trainer = quiet_trainer([GradualUnfreeze([Stage("a", epochs=2)]), saves], enable_checkpointing=True)
+    trainer.fit(module, loader(), loader(random_images(8)))
+    (row,) = csv.DictReader((tmp_path / "stages.csv").read_text().splitlines())
+    less_is_better = "loss" in expected or "error" in expected or module_monitor is not None
+    best = math.nan if expected == "val_acc" else 0.4 if less_is_better else 0.5
+    assert float(row[f"best_{expected}"]) == pytest.approx(best, nan_ok=True)
+
+
+class RefusesTheSecond(CSVLogger):
+    """As a tracking server does with a second value of a step or of a hyperparameter."""
+
+    def log_hyperparams(self, params: Any = None) -> None:
+        raise ValueError("changing a param is not allowed")
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        if "stage" in metrics:
+            raise ValueError(f"step {step} was logged before")
+        super().log_metrics(metrics, step)
+
+
+def test_logger__that_refuses_a_second_write_ends_no_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        _, trainer = fit(tmp_path, logger=RefusesTheSecond(tmp_path, name=None, version="log"), log_every_n_steps=1)
+    assert trainer.global_step == 12
+    assert caplog.text.count("RefusesTheSecond refused stage") <= 3  # said once for each set of names, not each step
+
+
+def test_summary__says_which_file_holds_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Adds(StageCallback):
+        def closing_rows(self, trainer: pl.Trainer, pl_module: Any) -> list[dict[str, Any]]:
+            return [row("before over-fitting", "kept.ckpt", "val_loss = 0.1")]
+
+    best = ModelCheckpoint(tmp_path, "best", monitor="val_loss", save_last=True)
+    fit(tmp_path, best, Adds(), enable_progress_bar=True)
+    said = " ".join(capsys.readouterr().out.split())
+    for part in ("as trained, 12 steps", "best val_loss", f"val_loss = {float(best.best_model_score):.4g}"):
+        assert part in said
+    for part in ("last checkpoint", "before over-fitting", "kept.ckpt"):
+        assert part in said
 
 
 # --- averages of weights ---------------------------------------------------------------------------------------------

@@ -126,6 +126,10 @@ class StageCallback(Callback):
         """Asked at the end of each epoch: True ends the stage early. Has to be the same on every rank."""
         return False
 
+    def closing_rows(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[dict[str, Any]]:
+        """Lines for the summary that closes a fit, each by `reporting.row`: weights, their file, their score."""
+        return []
+
     def around_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any
     ) -> AbstractContextManager[Any]:
@@ -142,11 +146,13 @@ class Conductor(Callback):
     Attributes:
         progress: Where the run stands.
         run: The stage that was announced last; None outside of fitting.
+        ready: Whether the fit has begun: a tool that tries steps before it (a batch size, say) is served no stage.
     """
 
     def __init__(self) -> None:
         self.progress = Progress()
         self.run: StageRun | None = None
+        self.ready = False
 
     # --- what the players ask ----------------------------------------------------------------------------------------
 
@@ -188,6 +194,7 @@ class Conductor(Callback):
         """Forgets the stage of a fit that ended with an error, where Lightning calls no `teardown`."""
         self._forget_run(trainer)
         self.progress = self.progress.restart()
+        self.ready = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Has every player say what will fail later."""
@@ -195,6 +202,7 @@ class Conductor(Callback):
 
     def preflight(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Asks the players; their order is that of a stage's start."""
+        self.ready = True
         for player in players(trainer):
             player.preflight(trainer, pl_module, self.plan(trainer))
 

@@ -153,8 +153,8 @@ class PrecomputeFeatures(StageCallback):
 
     def loader_for(self, trainer: pl.Trainer, split: Literal["train", "val"], make: Callable[[], Any]) -> Any:
         """The loader of the coming stage: of stored batches if the stage asks for it and it can be done."""
-        # `configure_optimizers` may ask for the number of steps before anything is set up
-        if trainer.sanity_checking or not trainer.optimizers:
+        # `configure_optimizers` may ask before anything is set up; so may a tool that tries steps without callbacks
+        if trainer.sanity_checking or self not in trainer.callbacks or not conductor(trainer).ready:  # type: ignore[attr-defined]
             return make()
         head = conductor(trainer)
         run = head.enter_stage(trainer)

@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, fields, replace
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import (
-    BaseFinetuning,
-    LearningRateFinder,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_unfreeze.callbacks.base import Conductor, StageRun, players
+from lightning_unfreeze.inside_lightning.clashes import (
+    refuse_clashing_callbacks,
+    refuse_clashing_optimizer,
+    refuse_search_on_resume,
+)
 from lightning_unfreeze.inside_lightning.distributed import (
     broadcast_buffers,
     gather_objects,
+    one_order_on_all_ranks,
+    own_order_on_each_rank,
     rebuild_ddp,
     refuse_sync_batchnorm,
     refuse_untested_strategy,
 )
 from lightning_unfreeze.inside_lightning.image_size import check_image_sizes, refuse_fixed_image_size, set_image_size
 from lightning_unfreeze.inside_lightning.resume import ResumePoint, resume_point
+from lightning_unfreeze.inside_lightning.schedulers import take_schedulers_away
+from lightning_unfreeze.inside_lightning.stopping import early_stoppers, follow, has_stopped, start_afresh, unfollow
+from lightning_unfreeze.inside_lightning.writers import PlanWatch
 from lightning_unfreeze.layers.freezing import fixed_parameters, frozen_modules, select, trained_parameters
 from lightning_unfreeze.layers.groups import LayerGroup, layer_groups
+from lightning_unfreeze.layers.modes import FrozenModes, pretrained_batch_norm
 from lightning_unfreeze.layers.param_groups import (
     given_lr,
     layer_group_of,
@@ -40,11 +45,13 @@ from lightning_unfreeze.layers.param_groups import (
     rate_ratios,
     set_peak_lr,
     split_optimizer,
+    undo_scheduled_rates,
 )
+from lightning_unfreeze.reporting import clear_bar, how_to_go_on, log_hyperparams, show_on_bar
 from lightning_unfreeze.seeding import kept_rng, rng_state, seed_all, set_rng_state
 from lightning_unfreeze.stages.journal import StageJournal
 from lightning_unfreeze.stages.plan import Stage, check_plan, image_sizes, plan_epochs
-from lightning_unfreeze.stages.progress import Progress
+from lightning_unfreeze.stages.progress import Progress, plan_difference
 
 _LIGHTNING_DEFAULT_EPOCHS = 1000
 
@@ -70,6 +77,11 @@ class GradualUnfreeze(Conductor):
         train_bn: Whether BatchNorm of layer groups that train updates its statistics. False keeps those of the
             pretraining (eval mode; scale and shift train), often better for few images; new layers in the last layer
             group are left alone.
+        scheduler: What to do with a scheduler that `configure_optimizers` returns, while stages set the rates: refuse
+            it, or `"replace"` it by the plan; then the peaks are the rates that it was built on.
+        freeze_below: Freeze layer groups whose rate over the head's lies below, instead of training them hardly at all;
+            stored features then reach further. 0.02, say; None trains every group that a stage names.
+        early_stopping: What an `EarlyStopping` ends: the `"fit"`, or its `"stage"`, and judges the next one afresh.
 
     Raises:
         ValueError: For an empty plan or one that uses a name twice.
@@ -81,23 +93,37 @@ class GradualUnfreeze(Conductor):
         network: str | None = None,
         on_plan_change: Literal["error", "restage"] = "error",
         train_bn: bool = True,
+        scheduler: Literal["error", "replace"] = "error",
+        freeze_below: float | None = None,
+        early_stopping: Literal["fit", "stage"] = "fit",
     ) -> None:
         super().__init__()
         check_plan(stages)
-        if on_plan_change not in ("error", "restage"):
-            raise ValueError(f"on_plan_change={on_plan_change!r} is not 'error' or 'restage'")
+        choices = {
+            "on_plan_change": (on_plan_change, ("error", "restage")),
+            "scheduler": (scheduler, ("error", "replace")),
+            "early_stopping": (early_stopping, ("fit", "stage")),
+        }
+        for option, (value, known) in choices.items():
+            if value not in known:
+                raise ValueError(f"{option}={value!r} is not {' or '.join(map(repr, known))}")
+        if freeze_below is not None and not 0 < freeze_below <= 1:
+            raise ValueError(
+                f"freeze_below={freeze_below!r} has to lie in (0, 1]: a layer group's rate over the head's"
+            )
         self.stages = list(stages)
         self.network = network
         self.train_bn = train_bn
         self.on_plan_change = on_plan_change
+        self.scheduler, self.freeze_below, self.early_stopping = scheduler, freeze_below, early_stopping
         self.groups: dict[str, LayerGroup] = {}
         self.journal = StageJournal()
         self._loaded: dict[str, Any] | None = None  # state of a checkpoint, until its first batch
         self._resume: ResumePoint | None = None
-        self._frozen: list[nn.Module] = []
-        self._modes_before: dict[nn.Module, bool] = {}
+        self._modes = FrozenModes()
         self._fixed: set[nn.Parameter] = set()
         self._seeded_epoch: int | None = None
+        self._watch: PlanWatch | None = None
 
     # --- before training -------------------------------------------------------------------------------------------
 
@@ -116,7 +142,7 @@ class GradualUnfreeze(Conductor):
         if stage != "fit":
             return
         super().setup(trainer, pl_module, stage)
-        self._put_modes_back()
+        self._modes.end()
         self._loaded, self._resume = None, None
         if trainer.current_epoch == 0 and trainer.global_step == 0:  # else the Trainer goes on where it was stopped
             self.progress, self.journal = Progress(), StageJournal()
@@ -126,30 +152,16 @@ class GradualUnfreeze(Conductor):
             raise MisconfigurationException(
                 "stages need automatic optimization; the module sets automatic_optimization=False"
             )
-        self._refuse_other_callbacks(trainer)
+        refuse_clashing_callbacks(trainer, self, until=any(stage.until is not None for stage in self.stages))
         self._check_needs(trainer)
         refuse_fixed_image_size(trainer, image_sizes(self.stages))
         self._set_max_epochs(trainer)
+        one_order_on_all_ranks(trainer, lambda epoch: ("order", self.progress.seed or 0, epoch))
+        for stopper in early_stoppers(trainer) if self.early_stopping == "stage" else ():
+            follow(stopper, lambda fired: self._end_by_early_stopping(trainer, fired))
         # a module that builds its network in `configure_model` is looked at in `on_fit_start`, when it is there
         if not is_overridden("configure_model", pl_module):
             self._find_groups(pl_module)
-
-    def _refuse_other_callbacks(self, trainer: pl.Trainer) -> None:
-        until = any(stage.until is not None for stage in self.stages)
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            reason = None
-            if isinstance(other, GradualUnfreeze) and other is not self:
-                reason = "a Trainer takes one plan; put all stages into one GradualUnfreeze"
-            elif isinstance(other, BaseFinetuning) or type(other).__name__ == "FinetuningScheduler":
-                reason = "it freezes and unfreezes too; express it as stages"
-            elif isinstance(other, LearningRateFinder):
-                reason = "it gives every param group one rate; use LRFinderPerStage and lr='find'"
-            elif isinstance(other, StochasticWeightAveraging):
-                reason = "it takes over the learning rates; use CosineRestarts(snapshots=True), or WeightAveraging"
-            elif until and isinstance(other, WeightAveraging):
-                reason = "it validates averages, and until='overfit' goes back to weights; give num_cycles alone"
-            if reason:
-                raise MisconfigurationException(f"GradualUnfreeze cannot run beside {type(other).__name__}: {reason}")
 
     def _check_needs(self, trainer: pl.Trainer) -> None:
         present = {base.__name__ for player in players(trainer) for base in type(player).__mro__}
@@ -177,10 +189,14 @@ class GradualUnfreeze(Conductor):
         self.groups = layer_groups(pl_module, self.network)
         for stage in self.stages:
             try:
-                chosen = select(self.groups, stage.train)
-                self.ratios(stage)
+                chosen = self.trained(stage)
             except ValueError as error:
                 raise MisconfigurationException(f"stage {stage.name!r}: {error}") from None
+            if not chosen:
+                raise MisconfigurationException(
+                    f"stage {stage.name!r} trains nothing: the rates of all its layer groups lie below "
+                    f"freeze_below={self.freeze_below}; lower it, or raise the stage's ratios"
+                )
             first = next(iter(self.groups))
             if stage.precompute and first in chosen:
                 raise MisconfigurationException(
@@ -202,37 +218,35 @@ class GradualUnfreeze(Conductor):
         if self.progress.seed is None:
             seed = trainer.strategy.broadcast(torch.initial_seed() & (2**63 - 1))
             self.progress = replace(self.progress, seed=seed)
-        schedulers = self._check_optimizer(trainer)
+        refuse_clashing_optimizer(trainer.optimizers[0])  # Lightning refuses several with automatic optimization
+        schedulers = self._schedulers_that_go_on(trainer)
         split_optimizer(trainer.optimizers[0], self.groups, schedulers)
         self._log_plan(trainer)
-        self._show_stage_on_bar(trainer)
+        show_on_bar(trainer, "stage", self._on_bar)
         self.enter_stage(trainer)
         check_image_sizes(trainer, pl_module, image_sizes(self.stages))
-        self._set_image_size(trainer, self.stages[self.progress.index])
+        self._set_image_size(trainer, self.stages[self._index])
         self._seeded_epoch = self.progress.start_epoch if self._resume is None else self._resume.next_epoch
         self._seed("epoch", self._seeded_epoch, trainer)
         self.journal.start_clock()
         self.preflight(trainer, pl_module)
 
-    def _check_optimizer(self, trainer: pl.Trainer) -> list[Any]:
-        """Refuses an optimizer that stages cannot drive; the schedulers that go on beside them."""
-        optimizer = trainer.optimizers[0]  # Lightning refuses several with automatic optimization
-        if not optimizer.param_groups or not all("lr" in group for group in optimizer.param_groups):
-            raise MisconfigurationException(
-                f"stages set learning rates, and {type(optimizer).__name__} has none; `configure_optimizers` has to "
-                "return one torch optimizer"
-            )
+    def _schedulers_that_go_on(self, trainer: pl.Trainer) -> list[Any]:
+        """The module's own schedulers, where no stage sets rates; else they are refused or taken away."""
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        if schedulers and self._sets_rates(trainer):
+        if not schedulers or not self._sets_rates(trainer):
+            return schedulers
+        names = ", ".join(type(scheduler).__name__ for scheduler in schedulers)
+        if self.scheduler == "error":
             raise MisconfigurationException(
-                f"`configure_optimizers` returned the scheduler {type(schedulers[0]).__name__}, and the stages set the "
-                "learning rates: two writers of one quantity; return the optimizer alone"
+                f"`configure_optimizers` returned the scheduler {names}, and the stages set the learning rates: two "
+                "writers of one quantity; return the optimizer alone, or let the plan take its place by "
+                "GradualUnfreeze(scheduler='replace')"
             )
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise MisconfigurationException(
-                "LBFGS takes one param group, and stages need one per layer group; use another optimizer, e.g. AdamW"
-            )
-        return schedulers
+        take_schedulers_away(trainer)
+        undo_scheduled_rates(trainer.optimizers[0])
+        rank_zero_info(f"the module's scheduler {names} is replaced: the stages set the learning rates")
+        return []
 
     def _sets_rates(self, trainer: pl.Trainer) -> bool:
         writers = [player for player in players(trainer) if player.writes_rates]
@@ -262,7 +276,8 @@ class GradualUnfreeze(Conductor):
 
     def trained(self, stage: Stage) -> list[str]:
         """The layer groups that train in `stage`, input first."""
-        return select(self.groups, stage.train)
+        ratios = self.ratios(stage)
+        return [name for name in select(self.groups, stage.train) if ratios[name] >= (self.freeze_below or 0)]
 
     def ratios(self, stage: Stage) -> dict[str, float]:
         """The factor of each layer group on the rate of `stage`."""
@@ -270,7 +285,8 @@ class GradualUnfreeze(Conductor):
 
     def _trained_parameters(self, stage: Stage) -> set[nn.Parameter]:
         try:
-            return trained_parameters(self.groups, stage.train, self._fixed)
+            frozen = {p for name in set(self.groups).difference(self.trained(stage)) for p in self.groups[name]}
+            return trained_parameters(self.groups, stage.train, self._fixed | frozen)
         except ValueError as error:
             raise MisconfigurationException(f"stage {stage.name!r}: {error}") from None
 
@@ -282,39 +298,20 @@ class GradualUnfreeze(Conductor):
             parameter.requires_grad_(parameter in trained)
             if not parameter.requires_grad:
                 parameter.grad = None
-        self._set_modes(trainer.lightning_module, self.trained(stage), everything - trained)
+        module = trainer.lightning_module
+        frozen = frozen_modules(module, self.groups, self.trained(stage), everything - trained)
+        self._modes.begin(frozen if self.train_bn else [*frozen, *pretrained_batch_norm(module, self.groups)])
         rebuild_ddp(trainer)
+        self._watch = PlanWatch(self.groups, stage.name, self.trained(stage))
 
     def _set_image_size(self, trainer: pl.Trainer, stage: Stage | None) -> None:
         """Tells the data module, in a plan of several sizes; None is the end of the fit."""
         if image_sizes(self.stages):
             set_image_size(trainer, None if stage is None else stage.image_size_px)
 
-    def _set_modes(self, pl_module: pl.LightningModule, trained: list[str], frozen: set[nn.Parameter]) -> None:
-        self._put_modes_back()
-        self._frozen = frozen_modules(pl_module, self.groups, trained, frozen)
-        if not self.train_bn:
-            pretrained = {parameter for group in list(self.groups.values())[:-1] for parameter in group}
-            self._frozen += [
-                module
-                for module in pl_module.modules()
-                if isinstance(module, _BatchNorm) and pretrained.issuperset(module.parameters())
-            ]
-        self._modes_before = {module: module.training for root in self._frozen for module in root.modules()}
-
-    def _put_modes_back(self) -> None:
-        for module, training in self._modes_before.items():
-            module.training = training
-        self._frozen, self._modes_before = [], {}
-
     def frozen_roots(self) -> list[nn.Module]:
         """The outermost modules that are frozen in the current stage."""
-        return self._frozen
-
-    def _put_frozen_in_eval_mode(self) -> None:
-        for root in self._frozen:
-            if root.training:
-                root.eval()
+        return self._modes.roots
 
     def set_rates(self, trainer: pl.Trainer, stage: Stage) -> None:
         """Gives each param group its peak: the stage's rate, times its layer group's ratio, times the user's own one.
@@ -334,7 +331,7 @@ class GradualUnfreeze(Conductor):
         """A random state that depends on the stage alone, for a range test; the epoch's own is put back after it."""
         with kept_rng():
             self._seed("stage", run.index, trainer)
-            self._put_frozen_in_eval_mode()
+            self._modes.keep()
             yield
 
     def _seed(self, purpose: str, number: int, trainer: pl.Trainer) -> None:
@@ -358,14 +355,14 @@ class GradualUnfreeze(Conductor):
             self._seed("epoch", trainer.current_epoch, trainer)
         self._seeded_epoch = None
         super().on_train_epoch_start(trainer, pl_module)
-        self._put_frozen_in_eval_mode()
+        self._modes.keep()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Keeps frozen modules in eval mode, whatever `train()` was called since; starts a resumed stage."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self._put_frozen_in_eval_mode()
+        self._modes.keep()
         if batch_idx == 0:
             # again: on some ways to resume Lightning draws from the validation loader between epoch and batch start
             self._seed("batches", trainer.current_epoch, trainer)
@@ -381,10 +378,32 @@ class GradualUnfreeze(Conductor):
         stage, trained = run.stage, self.trained(run.stage)
         count = sum(p.numel() for name in trained for p in self.groups[name].parameters() if p.requires_grad)
         epochs = f"{stage.num_epochs} epoch{'s' if stage.num_epochs > 1 else ''}"
+        below = [name for name in select(self.groups, stage.train) if name not in trained]
+        kept = f", keeps {', '.join(below)} frozen (their rates lie below {self.freeze_below:g})" if below else ""
         rank_zero_info(
             f"stage {run.index + 1}/{len(self.stages)} {stage.name!r}: trains {', '.join(trained)} "
-            f"({count:,} parameters) for {'at most ' if stage.until else ''}{epochs}"
+            f"({count:,} parameters) for {'at most ' if stage.until else ''}{epochs}{kept}"
         )
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Looks whether somebody else wrote what the plan sets."""
+        if self._watch is not None:
+            self._watch.check(trainer, pl_module)
+
+    def _end_by_early_stopping(self, trainer: pl.Trainer, stopper: EarlyStopping) -> None:
+        """Ends the stage that an `EarlyStopping` has just stopped; the next one is judged afresh."""
+        stopped = has_stopped(stopper, trainer.current_epoch)
+        if stopped and self.progress.phase == "announced" and self._index + 1 < len(self.stages):
+            rank_zero_info(
+                f"EarlyStopping on {stopper.monitor!r} ends stage {self.stages[self._index].name!r} after "
+                f"{trainer.current_epoch + 1 - self.progress.start_epoch} epochs; the fit goes on"
+            )
+            self.finish_stage(trainer, trainer.lightning_module, asked_to=True, next_epoch=trainer.current_epoch + 1)
+        if self.progress.phase == "idle":  # the next stage waits
+            start_afresh(stopper)
+            trainer.should_stop = trainer.should_stop and not stopped
 
     def finish_stage(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, asked_to: bool, next_epoch: int
@@ -393,10 +412,10 @@ class GradualUnfreeze(Conductor):
         broadcast_buffers(trainer)
         self._tell_end(trainer, pl_module)
         self._close_row(trainer, next_epoch)
-        if self.progress.index + 1 < len(self.stages):
+        if self._index + 1 < len(self.stages):
             self.progress = self.progress.next(next_epoch, trainer.global_step)
-            self._set_image_size(trainer, self.stages[self.progress.index])
-            trainer.fit_loop.max_epochs = next_epoch + plan_epochs(self.stages[self.progress.index :])
+            self._set_image_size(trainer, self.stages[self._index])
+            trainer.fit_loop.max_epochs = next_epoch + plan_epochs(self.stages[self._index :])
         elif asked_to:
             self.progress = self.progress.finish()
             trainer.fit_loop.max_epochs = next_epoch
@@ -408,16 +427,49 @@ class GradualUnfreeze(Conductor):
         if stopped:
             self._close_row(trainer, trainer.current_epoch)
         self.journal.write(trainer)
+        self._name_what_is_left(trainer)
+
+    def _name_what_is_left(self, trainer: pl.Trainer) -> None:
+        at = self.progress
+        left = [stage.name for stage in self.stages[at.index + (at.phase != "idle") :]]
+        if not left or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        why = [f"EarlyStopping on {stopper.monitor!r}" for stopper in early_stoppers(trainer) if stopper.stopped_epoch]
+        advice = "; GradualUnfreeze(early_stopping='stage') lets it end its stage alone" if why else ""
+        rank_zero_info(
+            f"the fit ended after {trainer.current_epoch} epochs{' by ' + ' and '.join(why) if why else ''}; "
+            f"stages that did not run: {', '.join(left)}{advice}"
+        )
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Closes the fit with one summary: which file holds which weights, and what they score."""
+        self.journal.write_summary(
+            trainer, [row for player in players(trainer) for row in player.closing_rows(trainer, pl_module)]
+        )
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leaves the Trainer as it was; on Ctrl-C prints the table so far, and how to go on."""
+        if isinstance(exception, KeyboardInterrupt) and self.progress.phase == "announced":
+            self._close_row(trainer, trainer.current_epoch)
+            self.journal.write(trainer)
+            rank_zero_info(f"interrupted in stage {self.stages[self._index].name!r}; {how_to_go_on(trainer)}")
+        self._let_go(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leaves `requires_grad` as the last stage had it; train/eval modes and the progress bar as they were."""
         super().teardown(trainer, pl_module, stage)
-        if trainer.progress_bar_callback is not None:
-            vars(trainer.progress_bar_callback).pop("get_metrics", None)
+        self._let_go(trainer)
         if stage == "fit":
             self._set_image_size(trainer, None)
-        self._put_modes_back()
+        self._modes.end()
         self._loaded, self._resume = None, None
+
+    def _let_go(self, trainer: pl.Trainer) -> None:
+        clear_bar(trainer)
+        for stopper in early_stoppers(trainer):
+            unfollow(stopper)
+        own_order_on_each_rank(trainer)
+        self._watch = None
 
     # --- what there is to look at ------------------------------------------------------------------------------------
 
@@ -425,7 +477,7 @@ class GradualUnfreeze(Conductor):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Notes the rates."""
-        self.journal.note_rates(trainer, self.progress.index, batch_idx)
+        self.journal.note_rates(trainer, self._index, batch_idx)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Notes the validation metric."""
@@ -436,21 +488,14 @@ class GradualUnfreeze(Conductor):
         self.journal.close_stage(trainer, self.stages[at.index].name, next_epoch - at.start_epoch, at.start_step)
 
     def _log_plan(self, trainer: pl.Trainer) -> None:
-        for logger in trainer.loggers:
-            logger.log_hyperparams({f"stage_{index}": stage.name for index, stage in enumerate(self.stages)})
+        log_hyperparams(trainer, {f"stage_{index}": stage.name for index, stage in enumerate(self.stages)})
 
-    def _show_stage_on_bar(self, trainer: pl.Trainer) -> None:
-        bar = trainer.progress_bar_callback
-        if bar is None or "get_metrics" in vars(bar):
-            return
-        metrics_of = bar.get_metrics
+    @property
+    def _index(self) -> int:
+        return self.progress.index
 
-        def with_stage(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-            index = self.progress.index
-            stage = {"stage": f"{index + 1}/{len(self.stages)} {self.stages[index].name}"}
-            return {**stage, **metrics_of(trainer, pl_module)}
-
-        bar.get_metrics = with_stage  # type: ignore[method-assign]
+    def _on_bar(self) -> str:
+        return f"{self._index + 1}/{len(self.stages)} {self.stages[self._index].name}"
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -484,12 +529,16 @@ class GradualUnfreeze(Conductor):
         """
         if trainer.state.fn != "fit":
             return
-        self._loaded = checkpoint.get("callbacks", {}).get(self.state_key)
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if not state and checkpoint["global_step"] == trainer.global_step == 0:
+            return  # a tool tried steps before the fit began, and puts everything back
+        self._loaded = state
         if not self._loaded:
             raise MisconfigurationException(
                 "the checkpoint was not written by a run with GradualUnfreeze, so its optimizer does not fit the "
                 "stages; load its weights (`load_from_checkpoint`) and fit without ckpt_path"
             )
+        refuse_search_on_resume(trainer)
         self._resume = resume_point(trainer, checkpoint["loops"]["fit_loop"])
 
     def _take_over(self, trainer: pl.Trainer, state: dict[str, Any]) -> None:
@@ -501,42 +550,19 @@ class GradualUnfreeze(Conductor):
             )
         self.progress = Progress.from_dict(state)
         self.journal.load_state_dict(state["journal"])
-        difference = _difference(state["plan"], self.stages)
-        if difference:
-            self.progress = self._restaged(state["plan"], difference)
-        trainer.fit_loop.max_epochs = self.progress.start_epoch + plan_epochs(self.stages[self.progress.index :])
-        if self.progress.over and self._resume is not None:  # the last stage ended before its time
-            trainer.fit_loop.max_epochs = self._resume.next_epoch
-
-    def _restaged(self, before: Sequence[dict[str, Any]], difference: str) -> Progress:
-        """Where the run stands in the new plan."""
-        if self.on_plan_change == "error":
+        difference = plan_difference(state["plan"], self.stages)
+        if difference and self.on_plan_change == "error":
             raise MisconfigurationException(
                 f"the checkpoint was written by another plan: {difference}; resume with the same plan, or allow "
                 "the change by GradualUnfreeze(on_plan_change='restage')"
             )
-        at, names = before[self.progress.index], [stage.name for stage in self.stages]
-        if at["name"] not in names:
-            raise MisconfigurationException(
-                f"cannot restage: the checkpoint stands in stage {at['name']!r}, the new plan has {names}"
-            )
-        index = names.index(at["name"])
-        rank_zero_info(f"the plan has changed ({difference}); going on in stage {at['name']!r}")
-        # a stage that was itself changed starts anew where it stands: other rates, another range test
-        changed = bool(_difference([at], [self.stages[index]]))
-        return replace(self.progress, index=index, restaged=changed, over=False)
-
-
-def _difference(old: Sequence[dict[str, Any]], new: Sequence[Stage]) -> str:
-    """How a plan differs from that of a checkpoint, `""` where it does not."""
-    if [row["name"] for row in old] != [stage.name for stage in new]:
-        return f"stages {[row['name'] for row in old]} -> {[stage.name for stage in new]}"
-    # an option that the writer's version did not have was at its default
-    defaults = {field.name: field.default for field in fields(Stage) if field.default is not MISSING}
-    changes = [
-        f"{stage.name}.{key}: {before!r} -> {after!r}"
-        for row, stage in zip(old, new, strict=True)
-        for key, after in asdict(stage).items()
-        if (before := row.get(key, defaults.get(key))) != after
-    ]
-    return ", ".join(changes)
+        if difference:
+            try:
+                self.progress = self.progress.in_other_plan(state["plan"], self.stages)
+            except ValueError as error:
+                raise MisconfigurationException(f"cannot restage: {error}") from None
+            name = self.stages[self._index].name
+            rank_zero_info(f"the plan has changed ({difference}); going on in stage {name!r}")
+        trainer.fit_loop.max_epochs = self.progress.start_epoch + plan_epochs(self.stages[self._index :])
+        if self.progress.over and self._resume is not None:  # the last stage ended before its time
+            trainer.fit_loop.max_epochs = self._resume.next_epoch

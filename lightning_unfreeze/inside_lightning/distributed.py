@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
+
+from lightning_unfreeze.seeding import keyed_rng
 
 _WORKING = "single device (cpu, cuda, mps), 'ddp', 'ddp_spawn', 'ddp_fork', 'ddp_notebook'"
 
@@ -88,3 +94,80 @@ def gather_objects(trainer: pl.Trainer, value: Any) -> list[Any]:
     values: list[Any] = [None] * trainer.world_size
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+class OneOrder:
+    """A sampler whose random draws depend on the epoch and not on the rank, whatever it draws from.
+
+    Each rank takes its share of one order, so all ranks have to draw the same one; everything else that is drawn in a
+    run (augmentations, dropout) has to differ between ranks.
+
+    Args:
+        sampler: Of samples or of batches; everything but iterating is its own.
+        key: Gives the key of the pass that begins.
+    """
+
+    _BLOCK = 4096  # setting the random state once per sample would take longer than reading it
+
+    def __init__(self, sampler: Any, key: Callable[[], tuple[int | str, ...]]) -> None:
+        self.sampler, self.key = sampler, key
+
+    def __iter__(self) -> Iterator[Any]:
+        key, drawn, block = self.key(), None, 0
+        while True:
+            with keyed_rng(*key, block):
+                drawn = iter(self.sampler) if drawn is None else drawn
+                some = list(islice(drawn, self._BLOCK))
+            yield from some
+            if len(some) < self._BLOCK:
+                return
+            block += 1
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("sampler", "key"):  # while it is copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.sampler, name)
+
+
+def one_order_on_all_ranks(trainer: pl.Trainer, key: Callable[[int], tuple[int | str, ...]]) -> None:
+    """Loaders that are made from here on draw their order with `key(epoch)`; does nothing in one process.
+
+    Lightning (2.6) hands each loader to the strategy last, with its distributed sampler in place around the user's
+    sampler; there is no public way to reach in. Guarded by `test_ddp__a_sampler_of_the_users_is_drawn_once`.
+    """
+    if trainer.world_size == 1:
+        return
+    process = trainer.strategy.process_dataloader
+    progress: Any = trainer.fit_loop.epoch_progress
+
+    def process_and_order(loader: object) -> object:
+        processed = process(loader)
+        if isinstance(processed, DataLoader):
+            _give_one_order(processed, lambda: key(progress.current.processed))
+        return processed
+
+    vars(trainer.strategy)["process_dataloader"] = process_and_order
+
+
+def own_order_on_each_rank(trainer: pl.Trainer) -> None:
+    """Loaders are made as before `one_order_on_all_ranks`."""
+    vars(trainer.strategy).pop("process_dataloader", None)
+
+
+def _give_one_order(loader: DataLoader[Any], key: Callable[[], tuple[int | str, ...]]) -> None:
+    sampler = loader.sampler
+    if isinstance(sampler, DistributedSamplerWrapper):
+        inner: Any = sampler.dataset
+        if not isinstance(inner._sampler, OneOrder):
+            inner._sampler = OneOrder(inner._sampler, key)
+        return
+    drawn: Any = loader.batch_sampler if loader.batch_sampler is not None else sampler
+    if hasattr(loader, "state_dict") or isinstance(drawn, OneOrder) or sampler is None:
+        return  # a loader that counts its position draws by that
+    if type(drawn) is BatchSampler and isinstance(sampler, SequentialSampler | DistributedSampler):
+        return  # draws nothing, or by the epoch
+    name = "batch_sampler" if loader.batch_sampler is not None else "sampler"
+    vars(loader)[name] = OneOrder(drawn, key)  # the attribute itself is refused

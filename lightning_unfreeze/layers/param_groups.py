@@ -145,6 +145,18 @@ def trained_rates(param_groups: Sequence[Mapping[str, Any]]) -> dict[str, float]
     return rates
 
 
+def undo_scheduled_rates(optimizer: torch.optim.Optimizer) -> None:
+    """Gives each param group the rate that a scheduler was built on; many start by lowering it (a warm-up, one cycle).
+
+    torch and timm keep that rate as `initial_lr`; torch's one cycle keeps its peak as `max_lr`.
+    """
+    for group in optimizer.param_groups:
+        rate = group.get("max_lr", group.get("initial_lr"))
+        if rate is not None:
+            set_lr(group, float(rate))
+            del group["planned_lr"]  # no stage has planned one yet
+
+
 def split_optimizer(
     optimizer: torch.optim.Optimizer, groups: Mapping[str, LayerGroup], schedulers: Sequence[Any] = ()
 ) -> None:

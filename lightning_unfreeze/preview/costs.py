@@ -144,7 +144,7 @@ class _PlanProbe(Probe):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, batch: Any, batches: int, images: int
     ) -> dict[str, Any]:
         self.enter(trainer, stage)
-        self._put_frozen_in_eval_mode()
+        self._modes.keep()
         trained = self.trained(stage)
         with sandbox(trainer, pl_module):
             step_flops, frozen_flops, step_seconds = self._measure(trainer, pl_module, batch)
@@ -182,7 +182,7 @@ class _PlanProbe(Probe):
             if not entered:
                 frozen += counter.get_total_flops() - before
 
-        parts = {part for module in self._frozen for part in module.modules()}
+        parts = {part for module in self._modes.roots for part in module.modules()}
         hooks = [part.register_forward_pre_hook(enter) for part in parts]
         hooks += [part.register_forward_hook(leave) for part in parts]
         try:

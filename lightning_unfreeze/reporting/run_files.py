@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+_SAID: set[str] = set()
 
 
 def report_dir(trainer: pl.Trainer) -> Path | None:
@@ -38,6 +42,32 @@ def is_due_to_log(trainer: pl.Trainer) -> bool:
     return bool(trainer.loggers) and every > 0 and trainer.global_step % every == 0
 
 
+def log_metrics(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
+    """Hands metrics of this step to the loggers. One that refuses them (a step that it has, say) ends no training."""
+    for logger in trainer.loggers:
+        try:
+            logger.log_metrics(metrics, step=trainer.global_step)
+        except Exception as refusal:
+            _say_refused(logger, ", ".join(metrics), refusal)
+
+
+def log_hyperparams(trainer: pl.Trainer, values: dict[str, Any]) -> None:
+    """Hands hyperparameters to the loggers. One that refuses them (a second value of one, say) ends no training."""
+    for logger in trainer.loggers:
+        try:
+            logger.log_hyperparams(values)
+        except Exception as refusal:
+            _say_refused(logger, ", ".join(values), refusal)
+
+
+def _say_refused(logger: Any, names: str, refusal: Exception) -> None:
+    # the type alone: the text may name the step, and be another one each time
+    said = f"{type(logger).__name__} refused {names} ({type(refusal).__name__}); training goes on without"
+    if said not in _SAID:
+        _SAID.add(said)
+        rank_zero_info(said)
+
+
 def save_figure(trainer: pl.Trainer, figure: Figure, name: str) -> Path | None:
     """Saves `figure` as `{name}.png` in the report folder and hands it to loggers that take figures.
 
@@ -53,6 +83,25 @@ def save_figure(trainer: pl.Trainer, figure: Figure, name: str) -> Path | None:
     path = folder / f"{name}.png"
     figure.savefig(path, dpi=120, bbox_inches="tight")
     return path
+
+
+def show_on_bar(trainer: pl.Trainer, name: str, text: Callable[[], str]) -> None:
+    """Has the Trainer's own bar show `text()` under `name`, until `clear_bar`."""
+    bar = trainer.progress_bar_callback
+    if bar is None or "get_metrics" in vars(bar):
+        return
+    metrics_of = bar.get_metrics
+
+    def with_text(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        return {name: text(), **metrics_of(trainer, pl_module)}
+
+    bar.get_metrics = with_text  # type: ignore[method-assign]
+
+
+def clear_bar(trainer: pl.Trainer) -> None:
+    """Undoes `show_on_bar`."""
+    if trainer.progress_bar_callback is not None:
+        vars(trainer.progress_bar_callback).pop("get_metrics", None)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -9,9 +10,23 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_unfreeze.layers.param_groups import trained_rates
-from lightning_unfreeze.reporting import is_due_to_log, plot_stages, report_dir, save_figure, show, table_of, write_csv
+from lightning_unfreeze.reporting import (
+    checkpoint_rows,
+    is_due_to_log,
+    log_metrics,
+    plot_stages,
+    report_dir,
+    row,
+    save_figure,
+    show,
+    table_of,
+    write_csv,
+)
 
 _CURVE_POINTS_PER_EPOCH = 50
+_VALIDATION = re.compile(r"(^|[/_.-])(val|valid|validation|eval|dev)([/_.-]|$)", re.IGNORECASE)
+_PREFERRED = ("acc", "f1", "auc", "loss")
+_LESS_IS_BETTER = ("loss", "err", "mae", "mse", "nll", "ece", "perplexity")
 
 
 class StageJournal:
@@ -39,22 +54,20 @@ class StageJournal:
             self._rates.append((step, rates))
         if to_log:
             metrics = {"stage": float(stage_index), **{f"lr/{name}": rate for name, rate in rates.items()}}
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=step)
+            log_metrics(trainer, metrics)
 
     def note_metric(self, trainer: pl.Trainer) -> None:
         """Keeps the validation metric."""
-        name = _metric_name(trainer)
+        name = metric_name(trainer)
         fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
         if fitting and name in trainer.callback_metrics:
             self._metric.append((trainer.global_step, float(trainer.callback_metrics[name])))
 
     def close_stage(self, trainer: pl.Trainer, name: str, epochs: int, first_step: int) -> None:
         """Adds the row of a stage that has ended."""
-        metric = _metric_name(trainer)
+        metric = metric_name(trainer)
         values = [value for step, value in self._metric if first_step < step <= trainer.global_step]
-        mode = getattr(trainer.checkpoint_callback, "mode", None) if metric == _monitored(trainer) else None
-        lower_is_better = mode == "min" if mode else "loss" in metric
+        lower_is_better = _lower_is_better(trainer, metric)
         self._rows.append(
             {
                 "stage": name,
@@ -71,7 +84,7 @@ class StageJournal:
         """Prints the table, and writes `stages.csv` and `stages.png` beside the checkpoints, on rank 0."""
         if not trainer.is_global_zero or not self._rows or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        metric = _metric_name(trainer)
+        metric = metric_name(trainer)
         rows = [
             {"stage": row["stage"], "epochs": row["epochs"], "seconds": row["seconds"], f"best_{metric}": row["best"]}
             for row in self._rows
@@ -86,6 +99,15 @@ class StageJournal:
         save_figure(trainer, plot_stages(bands, self._rates, self._metric, metric), "stages")
         rank_zero_info(f"stages.csv and stages.png: {folder}")
 
+    def write_summary(self, trainer: pl.Trainer, rows: list[dict[str, Any]]) -> None:
+        """Prints which file holds which weights, and what they score: of `ModelCheckpoint`, and the rows given."""
+        if not trainer.is_global_zero or trainer.fast_dev_run or trainer.progress_bar_callback is None:  # type: ignore[attr-defined]
+            return
+        fresh = self._metric and self._metric[-1][0] == trainer.global_step
+        scores = f"{metric_name(trainer)} = {self._metric[-1][1]:.4g}" if fresh else ""
+        own = row(f"as trained, {trainer.global_step} steps", "in memory", scores)
+        show(table_of([own, *checkpoint_rows(trainer), *rows], title="weights"))
+
     def state_dict(self) -> dict[str, Any]:
         """All of it, in primitives."""
         return {"rows": self._rows, "rates": self._rates, "metric": self._metric}
@@ -95,10 +117,31 @@ class StageJournal:
         self._rows, self._rates, self._metric = list(state["rows"]), list(state["rates"]), list(state["metric"])
 
 
-def _metric_name(trainer: pl.Trainer) -> str:
-    logged = (name for name in ("val_acc", "val_loss") if name in trainer.callback_metrics)
-    return _monitored(trainer) or next(logged, "val_acc")
+def metric_name(trainer: pl.Trainer) -> str:
+    """The validation metric to follow: what a checkpoint, a stage's end or the module watches, else what is logged.
+
+    Of what is logged an accuracy comes before a loss, and both before the rest; names with a slash are as good as any.
+    """
+    logged = list(trainer.callback_metrics)
+    watched = [name for name, _ in _watched(trainer)]
+    known = next((name for name in watched if name in logged), None)
+    validated = [name for name in logged if _VALIDATION.search(name)]
+    best = min(validated, key=_preference, default=None)
+    return known or best or next(iter(watched), "val_acc")
 
 
-def _monitored(trainer: pl.Trainer) -> str | None:
-    return getattr(trainer.checkpoint_callback, "monitor", None)
+def _watched(trainer: pl.Trainer) -> list[tuple[str, str | None]]:
+    """(monitor, mode) of all that have one, the first `ModelCheckpoint` first, the module last."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    owners = [trainer.checkpoint_callback, *callbacks, trainer.lightning_module]
+    found = [(getattr(owner, "monitor", None), getattr(owner, "mode", None)) for owner in owners]
+    return [(monitor, mode) for monitor, mode in found if isinstance(monitor, str)]
+
+
+def _preference(name: str) -> int:
+    return next((place for place, part in enumerate(_PREFERRED) if part in name.lower()), len(_PREFERRED))
+
+
+def _lower_is_better(trainer: pl.Trainer, metric: str) -> bool:
+    modes = [mode for monitor, mode in _watched(trainer) if monitor == metric and mode in ("min", "max")]
+    return modes[0] == "min" if modes else any(part in metric.lower() for part in _LESS_IS_BETTER)

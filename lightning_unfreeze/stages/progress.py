@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any, Literal
+
+from lightning_unfreeze.stages.plan import Stage
 
 Phase = Literal["idle", "entered", "announced", "ended"]
 
@@ -76,6 +78,22 @@ class Progress:
         """Whether the stage started before `epoch` and `step`, and goes on (it does not where it is started anew)."""
         return (step > self.start_step or epoch > self.start_epoch) and not self.restaged
 
+    def in_other_plan(self, before: Sequence[Mapping[str, Any]], stages: Sequence[Stage]) -> Progress:
+        """The stage of the same name in another plan; it starts anew where it stands if it was itself changed.
+
+        Args:
+            before: The plan so far, as a checkpoint keeps it.
+            stages: The new one.
+
+        Raises:
+            ValueError: Where the new plan has no such stage.
+        """
+        at, names = before[self.index], [stage.name for stage in stages]
+        if at["name"] not in names:
+            raise ValueError(f"the checkpoint stands in stage {at['name']!r}, the new plan has {names}")
+        index = names.index(at["name"])
+        return replace(self, index=index, restaged=bool(plan_difference([at], [stages[index]])), over=False)
+
     def to_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps. A stage that was started anew goes on as any other from the next one."""
         kept = ("index", "start_epoch", "start_step", "over", "seed")
@@ -90,3 +108,18 @@ class Progress:
         if self.phase != before:
             raise RuntimeError(f"a stage that is {self.phase} cannot become {after}, only one that is {before}")
         return replace(self, phase=after)
+
+
+def plan_difference(old: Sequence[Mapping[str, Any]], new: Sequence[Stage]) -> str:
+    """How a plan differs from that of a checkpoint, `""` where it does not."""
+    if [row["name"] for row in old] != [stage.name for stage in new]:
+        return f"stages {[row['name'] for row in old]} -> {[stage.name for stage in new]}"
+    # an option that the writer's version did not have was at its default
+    defaults = {field.name: field.default for field in fields(Stage) if field.default is not MISSING}
+    changes = [
+        f"{stage.name}.{key}: {before!r} -> {after!r}"
+        for row, stage in zip(old, new, strict=True)
+        for key, after in asdict(stage).items()
+        if (before := row.get(key, defaults.get(key))) != after
+    ]
+    return ", ".join(changes)

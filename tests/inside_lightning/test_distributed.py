@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ from lightning.pytorch.strategies import (
     Strategy,
 )
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from lightning_unfreeze.callbacks.base import StageCallback
 from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage
@@ -176,6 +177,81 @@ def test_ddp__replicas_stay_equal_and_equal_one_process(num_ranks: int, tmp_path
 def test_ddp__buffers_are_equal_after_every_stage_where_batch_norm_trains(tmp_path: Path) -> None:
     many = fit(tmp_path, 2, GradualUnfreeze(PLAN), train_bn=True)
     assert many.differences == no_differences(PLAN)
+
+
+# --- a sampler of the user's -----------------------------------------------------------------------------------------
+
+
+class Shuffles(Sampler[int]):
+    """Draws from the global generator, as most samplers that people write."""
+
+    def __init__(self, num: int, share: bool) -> None:
+        self.num, self.share = num, share
+
+    def __len__(self) -> int:
+        return self.num // (2 if self.share else 1)
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.randperm(self.num).tolist()
+        return iter(order[torch.distributed.get_rank() :: 2] if self.share else order)
+
+
+class Batches(Shuffles):
+    """A sampler of whole batches, which shares them out itself."""
+
+    def __iter__(self) -> Any:
+        mine = list(super().__iter__())
+        return iter([mine[at : at + 4] for at in range(0, len(mine), 4)])
+
+    def __len__(self) -> int:
+        return super().__len__() // 4
+
+
+class SeesRows(Callback):
+    """Rows of each epoch, over all ranks; and whether the ranks drew the same noise."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.rows, self.found, self.noise = folder, [], [], []  # type: ignore[var-annotated]
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.rows += batch[0][:, 0, 0, 0].int().tolist()
+        self.noise.append(float(torch.rand(1)))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        everyone = gather_objects(trainer, (self.rows, self.noise))
+        self.found.append(sorted(row for rows, _ in everyone for row in rows))
+        assert everyone[0][1] != everyone[1][1]
+        self.rows = []
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            self.folder.mkdir(exist_ok=True)
+            (self.folder / "rows.json").write_text(json.dumps(self.found))
+
+
+@needs_fork
+@pytest.mark.ddp
+@pytest.mark.filterwarnings("ignore:Found .* module")
+@pytest.mark.parametrize("kind", ["wrapped by Lightning", "shares itself", "shares batches"])
+def test_ddp__a_sampler_of_the_users_is_drawn_once(kind: str, tmp_path: Path) -> None:
+    """Every sample is seen once an epoch, while everything else that is drawn differs between the ranks."""
+    images, labels = random_images(32).tensors
+    images[:, 0, 0, 0] = torch.arange(32.0)
+    data = TensorDataset(images, labels)
+    if kind == "shares batches":
+        train = DataLoader(data, batch_sampler=Batches(32, share=True))  # type: ignore[arg-type]
+    else:
+        train = DataLoader(data, 4, sampler=Shuffles(32, share=kind == "shares itself"))
+    ddp = DDPStrategy(start_method="fork", process_group_backend="gloo")
+    plan = GradualUnfreeze([Stage("head", train="head", epochs=2), Stage("full", epochs=1)])
+    trainer = quiet_trainer(
+        [plan, SeesRows(tmp_path / "seen")],
+        strategy=ddp,
+        devices=2,
+        use_distributed_sampler=kind == "wrapped by Lightning",
+    )
+    trainer.fit(steady_module(kind=Module), train)
+    assert json.loads((tmp_path / "seen" / "rows.json").read_text()) == [list(range(32))] * 3
 
 
 # --- all pieces together ---------------------------------------------------------------------------------------------

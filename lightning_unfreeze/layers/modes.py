@@ -1,0 +1,48 @@
+"""Frozen modules in eval mode, for as long as they are frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_unfreeze.layers.groups import LayerGroup
+
+
+class FrozenModes:
+    """Keeps modules in eval mode, and gives each its own mode back afterwards.
+
+    Attributes:
+        roots: The outermost modules that are kept in eval mode.
+    """
+
+    def __init__(self) -> None:
+        self.roots: list[nn.Module] = []
+        self._before: dict[nn.Module, bool] = {}
+
+    def begin(self, roots: Iterable[nn.Module]) -> None:
+        """Takes over `roots` in place of those before, whose modes come back; `keep` puts them in eval mode."""
+        self.end()
+        self.roots = list(roots)
+        self._before = {module: module.training for root in self.roots for module in root.modules()}
+
+    def keep(self) -> None:
+        """Puts them in eval mode, whatever `train()` was called since."""
+        for root in self.roots:
+            if root.training:
+                root.eval()
+
+    def end(self) -> None:
+        """Gives every module its own mode back."""
+        for module, training in self._before.items():
+            module.training = training
+        self.roots, self._before = [], {}
+
+
+def pretrained_batch_norm(module: nn.Module, groups: Mapping[str, LayerGroup]) -> list[nn.Module]:
+    """BatchNorm of all layer groups but the last, whose statistics the pretraining made."""
+    pretrained = {parameter for group in list(groups.values())[:-1] for parameter in group}
+    return [
+        part for part in module.modules() if isinstance(part, _BatchNorm) and pretrained.issuperset(part.parameters())
+    ]
