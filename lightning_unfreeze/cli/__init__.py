@@ -16,6 +16,7 @@ usage: lightning-unfreeze COMMAND --config FILE.yaml [--OPTION VALUE ...]
   predict   write predictions.csv for a folder of images
   plan      show what each stage trains, at which rates and at what cost; trains nothing
   lr-find   make the range tests alone, with tables and curves; trains nothing
+  rank      which backbone suits your images: one pass and a solved head each, a table and a picture
   study     plan|run|report|merge: which steps of the recipe pay on your data
 
 options: lightning-unfreeze fit --help, and of a module or data module
@@ -23,7 +24,13 @@ options: lightning-unfreeze fit --help, and of a module or data module
   lightning-unfreeze fit --data.help ImageFolderData
 """
 _OF_THE_TRAINER = ("fit", "validate", "test", "predict")
-_COMMANDS = {**dict.fromkeys(_OF_THE_TRAINER, "run"), "plan": "plan", "lr-find": "lr_find", "study": "study"}
+_COMMANDS = {
+    **dict.fromkeys(_OF_THE_TRAINER, "run"),
+    "plan": "plan",
+    "lr-find": "lr_find",
+    "rank": "rank",
+    "study": "study",
+}
 _ROOT = Path(__file__).parents[1]
 
 
