@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from sklearn.linear_model import LogisticRegression
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
 
 from lightning_unfreeze.features.solve import HeadRows, logistic_regression, solve_head
 
@@ -157,3 +161,58 @@ def test_solve_head__refuses_the_impossible(change: dict[str, Any], message: str
     train = HeadRows(given.pop("features"), given.pop("targets"), given.pop("kind", "softmax"))
     with pytest.raises(ValueError, match=message):
         solve_head(train, num_classes=3, **given)
+
+
+@pytest.mark.slow
+def test_solve_head__on_real_features_is_no_worse_than_training_and_scikit_learn(shared_data: Path) -> None:
+    network: Any = timm.create_model(
+        "mobilenetv2_035",
+        pretrained=True,
+        pretrained_cfg_overlay={
+            "file": str(shared_data / "weights" / "mobilenetv2_035.keras_in1k.safetensors"),
+            "num_classes": -1,
+        },
+        num_classes=5,
+        pad_type="same",
+        bn_eps=1e-3,
+    ).eval()
+    transform = v2.Compose([v2.PILToTensor(), v2.Resize(64, antialias=True), v2.CenterCrop(64)])
+    rows = {}
+    for split, every in (("train", 2), ("val", 1), ("test", 3)):
+        data = ImageFolder(str(shared_data / "flowers5" / split), transform)
+        chosen = range(0, len(data), every)
+        images = torch.stack([data[index][0] for index in chosen]).float() / 127.5 - 1
+        with torch.no_grad():
+            features = [
+                network.forward_head(network.forward_features(part), pre_logits=True) for part in images.split(64)
+            ]
+        rows[split] = torch.cat(features), torch.tensor([data.targets[index] for index in chosen])
+
+    def scores(weight: Tensor, bias: Tensor, split: str) -> tuple[float, float]:
+        logits = rows[split][0].double() @ weight.double().T + bias.double()
+        return float(F.cross_entropy(logits, rows[split][1])), float(
+            (logits.argmax(1) == rows[split][1]).float().mean()
+        )
+
+    solved = solve_head(HeadRows(*rows["train"]), HeadRows(*rows["val"]), num_classes=5)
+    loss, accuracy = scores(solved.weight, solved.bias, "test")
+    assert scores(solved.weight, solved.bias, "val")[0] == pytest.approx(solved.val_loss, abs=1e-4)
+
+    features, targets = rows["train"]
+    scale = float(features.var(0, correction=0).mean())
+    best = min(
+        (scores(*(part.double() for part in sklearn_head(features.double(), targets, ridge * scale)), "val")[0], ridge)
+        for ridge in (1.0, 0.1, 0.01)
+    )
+    assert solved.val_loss < best[0] + 1e-4  # our path has these ridges, too
+
+    trained = nn.Linear(features.shape[1], 5)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3)
+    torch.manual_seed(0)
+    for _ in range(8):
+        for index in torch.randperm(len(targets)).split(16):
+            optimizer.zero_grad()
+            F.cross_entropy(trained(features[index]), targets[index]).backward()
+            optimizer.step()
+    by_steps = scores(trained.weight.detach(), trained.bias.detach(), "test")
+    assert loss < by_steps[0] and accuracy > by_steps[1] - 0.02  # 433 images: one standard error
