@@ -133,7 +133,7 @@ def rows_of(result: StudyResult) -> list[dict[str, Any]]:
 
 def difference(row: dict[str, Any]) -> str:
     """Return a paired difference with its interval."""
-    return f"{row['difference']:+.2f} [{row['ci95_low']:+.2f}, {row['ci95_high']:+.2f}]"
+    return f"{row['difference']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]"
 
 
 if __name__ == "__main__":

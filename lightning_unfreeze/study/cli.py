@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse import ArgumentParser
 
+from lightning_unfreeze.data.digits import DigitsData
+from lightning_unfreeze.data.modules import ImageFolderData
+from lightning_unfreeze.module import TransferClassifier
 from lightning_unfreeze.reporting import show, table_of
 from lightning_unfreeze.study.judge.verdict import exit_code
 from lightning_unfreeze.study.runner import Study
@@ -19,6 +22,8 @@ from lightning_unfreeze.study.show.merge import merge_studies
 from lightning_unfreeze.study.show.result import load_study
 
 COMMANDS = ("plan", "run", "report", "merge")
+NAMED = (TransferClassifier, ImageFolderData, DigitsData)
+"""Classes that a config may name without their module: jsonargparse knows those that are imported."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class FromConfig:
 
 
 def run_command(arguments: list[str]) -> None:
-    """Run a command of the study; `run` and `report` exit with 0 upheld, 3 refuted, 4 undecided.
+    """Run a command of the study; `run` and `report` exit with the verdict, see `judge.verdict.EXIT_CODES`.
 
     Args:
         arguments: What stands behind `lightning-unfreeze study`.
@@ -84,21 +89,33 @@ def _study(command: str, arguments: list[str]) -> None:
     for sentence in plan.sentences():
         show(sentence)
     if command == "run":
-        _tell(study.run().verdict(), study.out / "report")
+        verdict = study.run().verdict()
+        if study.shard is not None:
+            # a part that is made is no failure of its job, whatever the runs so far say
+            show(f"shard {given.shard} is made; {verdict.note or verdict.headline[0]}")
+            return
+        _tell(verdict, study.out / "report")
 
 
 def _read(command: str, arguments: list[str]) -> None:
     parser = ArgumentParser(prog=f"lightning-unfreeze study {command}", exit_on_error=False)
     if command == "report":
         parser.add_argument("folder", type=str, help="what `study run` wrote to")
+        parser.add_argument("--charge_tuning", type=bool, default=False, help="count tuning among each arm's costs")
         given = parser.parse_args(arguments)
         folder = Path(given.folder)
-        _tell(load_study(folder).write(folder / "report"), folder / "report")
+        study = load_study(folder)
+        if given.charge_tuning:
+            study = replace(study, info=replace(study.info, charge_tuning=True))
+        _tell(study.write(folder / "report"), folder / "report")
         return
-    parser.add_argument("folders", type=str, nargs="+", help="studies of several data sets")
+    parser.add_argument("folders", type=str, nargs="+", help="parts of one study, or studies of several data sets")
     parser.add_argument("--out", type=str, default="runs/merged", help="where to write")
     given = parser.parse_args(arguments)
     merged = merge_studies(given.folders, given.out)
+    if merged.joined is not None:
+        _tell(merged.joined.verdict(), Path(given.out) / "report")
+        return
     show(merged.text)
     show(f"report: {Path(given.out) / 'merged.md'}")
 

@@ -6,25 +6,34 @@ in by `Arm.with_rates`. The stage programs follow the recipe's own lengths, so a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 from lightning_unfreeze.stages.plan import Stage
 
 CORE = ("full9", "skip34@epochs", "skip34@images", "skip34@flops", "skip34+uniform@flops", "lp_only")
 ALL = (
     *("full9", "skip3", "skip4", "skip34@epochs", "skip34@images", "skip34@flops", "uniform", "skip34+uniform@flops"),
-    *("gradual", "no_lr_find", "lp_only", "lp_ft", "surgical_first", "surgical_middle", "surgical_last"),
+    *(
+        "layer_decay@flops",
+        "gradual",
+        "no_lr_find",
+        "lp_only",
+        "lp_ft",
+        "surgical_first",
+        "surgical_middle",
+        "surgical_last",
+    ),
     *("scratch@images", "scratch@5x", "no_aug", "full9+other_bn", "skip34@flops+other_bn"),
 )
 REFERENCE = "full9"
-HEAD_ARM = "lp_only"
 LP_FT_EPOCHS = 30
 SURGICAL_HEAD_EPOCHS = 5
 ULMFIT_FACTOR = 1 / 2.6
+LAYER_DECAY = 0.75
+"""Factor from layer to layer that ELECTRA, BEiT and MAE fine-tune with."""
 
 Rate = float | Literal["find"]
 BatchNormPolicy = Literal["train", "frozen"]
@@ -41,8 +50,7 @@ class Recipe:
         cycle_len: Step 8: epochs of the first cycle with everything unfrozen.
         cycle_mult: Length of such a cycle over that of the one before.
         num_cycles: Number of such cycles.
-        lr_factor: Step 6: the later half of the backbone trains at this factor of the head's rate, the earlier half
-            at its square (1/3 gives fast.ai's lr/9, lr/3, lr).
+        lr_span: Step 6: rate of the first layer group over that of the head, the others spread between (`Stage`).
         default_head_lr: Rate of head-only stages where none is looked for (arm `no_lr_find`).
         default_lr: Rate of the other stages there.
 
@@ -55,7 +63,7 @@ class Recipe:
     cycle_len: int = 1
     cycle_mult: int = 2
     num_cycles: int = 3
-    lr_factor: float = 1 / 3
+    lr_span: float = 1 / 9
     default_head_lr: float = 1e-2
     default_lr: float = 3e-3
 
@@ -65,13 +73,20 @@ class Recipe:
                 raise ValueError(
                     f"recipe.{name}={getattr(self, name)}: give 1 or more; arms drop steps, recipes do not."
                 )
-        if not 0 < self.lr_factor <= 1:
-            raise ValueError(f"recipe.lr_factor={self.lr_factor}: give a factor in (0, 1].")
+        if not 0 < self.lr_span <= 1:
+            raise ValueError(f"recipe.lr_span={self.lr_span}: give a ratio in (0, 1].")
 
     @property
     def cycles(self) -> tuple[int, ...]:
         """Epochs of the unfrozen cycles."""
         return tuple(self.cycle_len * self.cycle_mult**index for index in range(self.num_cycles))
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The whole recipe, without rates."""
+        cached = Stage("head_cached", "head", epochs=self.cached_epochs, precompute=True)
+        augmented = Stage("head_augmented", "head", cycle_len=1, num_cycles=self.augmented_epochs)
+        return [cached, augmented, *cycle_stages(self.cycles, "full", lr_span=self.lr_span)]
 
     @property
     def num_epochs(self) -> int:
@@ -107,8 +122,8 @@ class Arm:
     Args:
         name: As in the report.
         stages: The stages; `lr` is filled in by `with_rates`.
-        rate: What is tuned: the peak of the stages that train more than the head, that of the head's stages, or
-            nothing, with the two `fixed` rates.
+        rate: What is tuned: the place on the two grids of rates (`full`), that on the head's grid (`head`), or nothing,
+            with the two `fixed` rates.
         fixed: Rates (head's stages, others) of an arm that is not tuned.
         pretrained: Start from the pretrained weights.
         augmentation: Augment the training images.
@@ -170,17 +185,6 @@ def make_arms(names: Sequence[str], recipe: Recipe, groups: Sequence[str], flops
     return [known[name]() for name in names]
 
 
-def discriminative(groups: Sequence[str], factor: float) -> list[float]:
-    """Return one factor per layer group: its square for the earlier half of the backbone, itself for the later, 1.
-
-    >>> discriminative(["stem", "layer1", "layer2", "layer3", "head"], 0.1)
-    [0.010000000000000002, 0.010000000000000002, 0.1, 0.1, 1.0]
-    """
-    backbone = len(groups) - 1
-    early = math.ceil(backbone / 2)
-    return [factor**2] * early + [factor] * (backbone - early) + [1.0]
-
-
 def matched_epochs(reference_flops: float, epoch_flops: float) -> int:
     """Return the number of whole epochs that comes nearest to a number of FLOPs, at least one.
 
@@ -191,9 +195,15 @@ def matched_epochs(reference_flops: float, epoch_flops: float) -> int:
 
 
 def cycle_stages(
-    cycles: Sequence[int], name: str, train: Literal["all"] | list[str] = "all", lr_mult: float | list[float] = 1.0
+    cycles: Sequence[int], name: str, train: Literal["all"] | list[str] = "all", **rates: Any
 ) -> list[Stage]:
     """Return stages that run cosine cycles of these lengths: one stage for as long as they grow by one factor.
+
+    Args:
+        cycles: Lengths in epochs.
+        name: Of the first stage.
+        train: As for `Stage`.
+        rates: `lr_mult` or `lr_span` of `Stage`.
 
     >>> [(s.name, s.cycle_len, s.num_cycles) for s in cycle_stages([1, 2, 5], "full")]
     [('full', 1, 2), ('full_rest', 5, 1)]
@@ -201,30 +211,27 @@ def cycle_stages(
     mult = cycles[1] // cycles[0] if len(cycles) > 1 else 1
     regular = sum(1 for index, length in enumerate(cycles) if length == cycles[0] * mult**index)
     stages = [
-        Stage(
-            name, train, lr_mult=lr_mult, cycle_len=cycles[0], cycle_mult=mult if regular > 1 else 1, num_cycles=regular
-        )
+        Stage(name, train, cycle_len=cycles[0], cycle_mult=mult if regular > 1 else 1, num_cycles=regular, **rates)
     ]
     if cycles[regular:]:
-        stages += cycle_stages(cycles[regular:], f"{name}_rest", train, lr_mult)
+        stages += cycle_stages(cycles[regular:], f"{name}_rest", train, **rates)
     return stages
 
 
 def _programs(recipe: Recipe, groups: Sequence[str], flops: Flops) -> dict[str, Callable[[], Arm]]:
     """Return the builder of each arm; STUDY's A0 to A13."""
-    ratios = discriminative(groups, recipe.lr_factor)
     total = recipe.num_epochs
-    cached = Stage("head_cached", "head", epochs=recipe.cached_epochs, precompute=True)
-    augmented = Stage("head_augmented", "head", cycle_len=1, num_cycles=recipe.augmented_epochs)
+    full = recipe.stages
+    cached, augmented = full[:2]
 
-    def unfrozen(cycles: Sequence[int], lr_mult: float | list[float] = ratios) -> list[Stage]:
-        return cycle_stages(cycles, "full", lr_mult=lr_mult)
+    def unfrozen(cycles: Sequence[int], lr_span: float | None = recipe.lr_span) -> list[Stage]:
+        return cycle_stages(cycles, "full", lr_span=lr_span)
 
-    full = [cached, augmented, *unfrozen(recipe.cycles)]
+    def epochs_of_same_flops() -> int:
+        return matched_epochs(flops(full), flops([Stage("full", epochs=1)]))
 
     def same_flops() -> tuple[int, ...]:
-        one_epoch = flops([Stage("full", epochs=1, lr_mult=ratios)])
-        return recipe.fitted_cycles(matched_epochs(flops(full), one_epoch))
+        return recipe.fitted_cycles(epochs_of_same_flops())
 
     def arm(name: str, stages: Sequence[Stage], **options: object) -> Arm:
         return Arm(name, tuple(stages), **options)  # type: ignore[arg-type]
@@ -243,8 +250,11 @@ def _programs(recipe: Recipe, groups: Sequence[str], flops: Flops) -> dict[str, 
         "skip34@epochs": lambda: arm("skip34@epochs", unfrozen(recipe.cycles)),
         "skip34@images": lambda: arm("skip34@images", unfrozen(recipe.fitted_cycles(total))),
         "skip34@flops": lambda: arm("skip34@flops", unfrozen(same_flops())),
-        "uniform": lambda: arm("uniform", [cached, augmented, *unfrozen(recipe.cycles, 1.0)]),
-        "skip34+uniform@flops": lambda: arm("skip34+uniform@flops", unfrozen(same_flops(), 1.0)),
+        "uniform": lambda: arm("uniform", [cached, augmented, *unfrozen(recipe.cycles, None)]),
+        "skip34+uniform@flops": lambda: arm("skip34+uniform@flops", unfrozen(same_flops(), None)),
+        "layer_decay@flops": lambda: arm(
+            "layer_decay@flops", cycle_stages([epochs_of_same_flops()], "full", lr_mult=LAYER_DECAY)
+        ),
         "gradual": lambda: arm("gradual", _gradual(recipe, groups)),
         "no_lr_find": lambda: arm("no_lr_find", full, **fixed),
         "lp_only": lambda: arm(
@@ -254,8 +264,8 @@ def _programs(recipe: Recipe, groups: Sequence[str], flops: Flops) -> dict[str, 
         "surgical_first": lambda: surgical("first", 0),
         "surgical_middle": lambda: surgical("middle", (len(groups) - 1) // 2),
         "surgical_last": lambda: surgical("last", len(groups) - 2),
-        "scratch@images": lambda: arm("scratch@images", unfrozen(recipe.fitted_cycles(total), 1.0), pretrained=False),
-        "scratch@5x": lambda: arm("scratch@5x", unfrozen(recipe.fitted_cycles(5 * total), 1.0), pretrained=False),
+        "scratch@images": lambda: arm("scratch@images", unfrozen(recipe.fitted_cycles(total), None), pretrained=False),
+        "scratch@5x": lambda: arm("scratch@5x", unfrozen(recipe.fitted_cycles(5 * total), None), pretrained=False),
         "no_aug": lambda: arm("no_aug", full, augmentation=False),
         "full9+other_bn": lambda: arm("full9+other_bn", full, other_batch_norm=True),
         "skip34@flops+other_bn": lambda: arm("skip34@flops+other_bn", unfrozen(same_flops()), other_batch_norm=True),

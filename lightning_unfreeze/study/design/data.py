@@ -8,8 +8,11 @@ import lightning.pytorch as pl
 import numpy as np
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Subset
 
+from lightning_unfreeze.data.base import ClassificationData
 from lightning_unfreeze.data.datasets import ImageDataset, transform_of
 from lightning_unfreeze.data.loaders import EpochSampler, KeyedDataset, ResumableLoader
 from lightning_unfreeze.data.transforms import make_transform
@@ -57,6 +60,7 @@ class StudyData(pl.LightningDataModule):
         self.base, self.seed, self.train_size = base, seed, train_size
         self.val_fraction, self.augment = val_fraction, augment
         self._is_ready = False
+        self._collate: dict[str, dict[str, Any]] = {}
         self.train_indices: list[int] = []
         self.val_indices: list[int] = []
 
@@ -74,7 +78,7 @@ class StudyData(pl.LightningDataModule):
             return
         self.base.trainer = self.trainer
         self.base.setup("fit")
-        if hasattr(self.base, "dataset"):
+        if isinstance(self.base, ClassificationData):
             self._split_images()
         else:
             self._take_loaders()
@@ -113,6 +117,7 @@ class StudyData(pl.LightningDataModule):
                 test.reading,
             )
 
+        self._num_drawn_from = len(images)
         self._train: Any = chosen(self.train_indices, augmented)
         self._val: Any = chosen(self.val_indices, parts[0].transform)
         self._test: Any = test
@@ -128,7 +133,7 @@ class StudyData(pl.LightningDataModule):
         loaders: dict[str, Any] = {
             split: getattr(self.base, f"{split}_dataloader")() for split in ("train", "val", "test")
         }
-        missing = [split for split, loader in loaders.items() if not hasattr(loader, "dataset")]
+        missing = [split for split, loader in loaders.items() if not isinstance(loader, DataLoader)]
         if missing:
             raise MisconfigurationException(
                 f"a study needs a train, a val and a test loader with a dataset, {type(self.base).__name__} lacks "
@@ -139,15 +144,28 @@ class StudyData(pl.LightningDataModule):
         order = np.random.default_rng(self._draw("train")).permutation(len(train))
         self.train_indices = sorted(order[: self.train_size].tolist())
         self._train = Subset(train, self.train_indices)
+        self._num_drawn_from = len(train)
         self._val, self._test = loaders["val"].dataset, loaders["test"].dataset
         self._options = {
-            "batch_size": loaders["train"].batch_size,
+            "batch_size": _batch_size(loaders["train"]),
             "num_workers": loaders["train"].num_workers,
-            "collate_fn": loaders["train"].collate_fn,
         }
+        self._collate = {split: {"collate_fn": loader.collate_fn} for split, loader in loaders.items()}
 
     def _draw(self, what: str) -> int:
         return key_to_seed("study", what, self.seed) % 2**32
+
+    @property
+    def overlap(self) -> float:
+        """Share of this seed's training images that another seed draws too, on average."""
+        return len(self.train_indices) / self._num_drawn_from
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of the images that the network gets, without that of the batch; empty where there are none."""
+        leaves = tree_leaves(next(iter(self.val_dataloader())))
+        found = [tuple(leaf.shape[1:]) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim == 4]
+        return found[0] if found else ()
 
     @property
     def num_val(self) -> int:
@@ -170,12 +188,28 @@ class StudyData(pl.LightningDataModule):
         sampler = EpochSampler(data, seed=self.seed)
         # BatchNorm cannot train on a last batch of one image
         alone = len(data) > 1 and len(data) % self._options["batch_size"] == 1
-        return ResumableLoader(data, sampler=sampler, drop_last=alone, **self._options)
+        return ResumableLoader(
+            data, sampler=sampler, drop_last=alone, **self._options, **self._collate.get("train", {})
+        )
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The validation images in order."""
-        return DataLoader(self._val, **self._options)
+        return DataLoader(self._val, **self._options, **self._collate.get("val", {}))
 
     def test_dataloader(self) -> DataLoader[Any]:
         """The test images in order, the same for all seeds."""
-        return DataLoader(self._test, **self._options)
+        return DataLoader(self._test, **self._options, **self._collate.get("test", {}))
+
+
+def _batch_size(loader: DataLoader[Any]) -> int:
+    """Return the images of a batch, also of a loader with a batch sampler of its own.
+
+    Raises:
+        MisconfigurationException: Where it does not say.
+    """
+    found = loader.batch_size or getattr(loader.batch_sampler or loader.sampler, "batch_size", None)
+    if not isinstance(found, int):
+        raise MisconfigurationException(
+            "a study draws its own batches, and the train loader does not say how large: give it a batch_size."
+        )
+    return found

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_unfreeze.seeding import keyed_rng
 
@@ -19,21 +23,27 @@ SHIFTS: dict[str, Callable[[Tensor], Tensor]] = {
 """By name; they act on normalised images `(N, C, H, W)`, so their strength is in standard deviations."""
 
 
-@torch.no_grad()
-def shifted_accuracy(module: nn.Module, batches: Iterable[Any]) -> float:
-    """Return the accuracy under each shift, their mean; noise is the same for every module.
+class ShiftImages(Callback):
+    """Puts the images of every validation batch under a shift; the noise is the same for every module.
 
     Args:
-        module: Gives logits `(N, classes)`; it is put in eval mode.
-        batches: Of images and labels, in a fixed order.
+        name: Of the shift.
     """
-    module.eval()
-    device = next(module.parameters()).device
-    right = total = 0
-    for number, (images, labels) in enumerate(batches):
-        for name, shift in SHIFTS.items():
-            with keyed_rng("shift", name, number):
-                shifted = shift(images)
-            right += int((module(shifted.to(device)).argmax(-1).cpu() == labels).sum())
-            total += len(labels)
-    return right / total
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Shifts the batch in place: it is this step's own.
+
+        Raises:
+            MisconfigurationException: Where the batch holds no images.
+        """
+        images = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim == 4]
+        if not images or not images[0].is_floating_point():
+            raise MisconfigurationException("shifts=true needs batches with floating point images (N, C, H, W).")
+        # on the CPU: the draws of a device are its own
+        with keyed_rng("shift", self.name, batch_idx):
+            images[0].copy_(SHIFTS[self.name](images[0].cpu()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,9 @@ class StudyPlan:
     Attributes:
         arms: Names of the arms.
         seeds: Paired seeds.
-        tuning_runs: Runs of tuning, those of the head's rate included.
+        tuning_runs: Runs of tuning.
         seconds: Predicted time of everything, tuning included.
+        tuning_seconds: Of these, tuning.
         rows: One per arm, for a table.
         info: What the report says of the study.
         pilot: These are the runs from which the number of seeds will follow.
@@ -34,6 +36,7 @@ class StudyPlan:
     seeds: tuple[int, ...]
     tuning_runs: int
     seconds: float
+    tuning_seconds: float
     rows: tuple[dict[str, Any], ...]
     info: StudyInfo
     pilot: bool = False
@@ -44,34 +47,61 @@ class StudyPlan:
         return len(self.arms) * len(self.seeds) + self.tuning_runs
 
     def power_rows(self) -> list[dict[str, Any]]:
-        """Return what this many seeds can find, for several spreads of the paired differences (points)."""
-        margin, seeds = self.info.margin, len(self.seeds)
-        secondary = max(1, len(self.arms) - 2)
+        """Return what this many seeds can find, for several spreads of the paired differences (points).
+
+        On these test images: what the choice of the images leaves open comes on top.
+        """
+        margin, seeds, level = self.info.margin, len(self.seeds), st.ALPHA / max(1, self.num_secondary)
         return [
             {
                 "SD of the difference": sd,
                 f"detectable with {seeds} seeds": round(st.detectable_difference(sd, seeds), 2),
                 f"seeds to detect {margin:g} pt": st.seeds_to_detect(sd, margin),
-                "after Holm": st.seeds_to_detect(sd, margin, alpha=0.05 / secondary),
+                "in a secondary arm": st.seeds_to_detect(sd, margin, alpha=level),
                 f"seeds to show equality within {margin:g} pt": st.seeds_for_equivalence(sd, margin),
             }
             for sd in _POWER_SDS
         ]
 
+    @property
+    def num_secondary(self) -> int:
+        """Comparisons beside the primary one."""
+        return max(0, len(self.arms) - 2)
+
     def sentences(self) -> list[str]:
         """Return what to know before starting."""
-        error = st.image_standard_error(0.1, self.info.n_test)
+        error, seeds = st.image_standard_error(0.1, self.info.n_test), len(self.seeds)
         found = [
-            f"{self.runs} runs: {len(self.arms)} arms x {len(self.seeds)} seeds, {self.tuning_runs} to tune (with "
-            f"those of the head's rate, which all arms share); about {_duration(self.seconds)}.",
-            f"Primary: {self.info.primary} against {self.info.reference}, margin ±{self.info.margin:g} pt.",
+            f"{self.runs} runs: {len(self.arms)} arms x {seeds} seeds, {self.tuning_runs} to tune; "
+            f"about {_duration(self.seconds)}, of which tuning {_duration(self.tuning_seconds)}.",
+            f"Primary: {self.info.primary} against {self.info.reference}, margin ±{self.info.margin:g} pt, on new "
+            "images.",
             f"{self.info.n_test} test images leave up to {error:.2f} pt of standard error on new images where two arms "
             "disagree on a tenth of them; no number of seeds removes that.",
         ]
+        if self.info.overlap is not None and self.info.overlap > 0:
+            found.append(
+                f"Two seeds share {self.info.overlap:.0%} of their training images: the verdict is for other seeds "
+                "that draw from these images, less so for other training images (train_size draws fewer)."
+            )
         if self.pilot:
             found.append("This is the pilot: the number of seeds follows from the spread that it finds.")
-        elif len(self.seeds) < st.MIN_SEEDS_SIGN_FLIP:
+        elif seeds < st.MIN_SEEDS_SIGN_FLIP:
             found.append(f"Fewer than {st.MIN_SEEDS_SIGN_FLIP} seeds: a sign-flip p cannot be below 0.05.")
+        least = st.fewest_seeds(self.num_secondary)
+        if self.num_secondary > 1 and seeds < least and not self.pilot:
+            smallest = min(1.0, self.num_secondary * 2 / 2**seeds)
+            found.append(
+                f"With {seeds} seeds Holm's p of the {self.num_secondary} secondary arms cannot be below "
+                f"{smallest:.2g}: all of them stay undecided whatever comes out; {least} seeds could decide "
+                "them, or fewer arms."
+            )
+        if len(self.info.looks) > 1:
+            levels = ", ".join(
+                f"{alpha:.4f} at {look}"
+                for look, alpha in zip(self.info.looks, st.spent_alpha(self.info.looks), strict=True)
+            )
+            found.append(f"Planned looks, and the level of each: {levels} seeds. It ends at the first that decides.")
         off = [row["arm"] for row in self.rows if "@flops" in row["arm"] and abs(row["of full"] - 1) > 0.05]
         if off:
             found.append(
@@ -84,18 +114,33 @@ def after_pilot(pilot: Analysis) -> tuple[int, list[str]]:
     """Return the number of seeds that the spread of the pilot's primary comparison asks for, and how it was found.
 
     That many detect a difference of the margin, and show equality within it where there is none, with 80 % power. The
-    spread of five pairs is a rough one: the sentences give its interval, and the number stays what it is.
+    spread of five pairs is a rough one, so its upper 80 % confidence limit stands in for it. What the test images
+    leave open counts too.
+
+    Raises:
+        ValueError: If no number of seeds would do with these test images.
     """
     margin, primary = pilot.info.margin, pilot.info.primary
-    found = []
+    found, numbers = [], {}
     for arm, comparison in pilot.comparisons.items():
-        verdict = comparison.verdict
-        low, high = st.sd_interval(comparison.differences)
+        sd, images = st.sd_limit(comparison.differences), comparison.verdict.effect.image_variance
+        wanted = [
+            st.seeds_to_detect(sd, margin, image_variance=images),
+            st.seeds_for_equivalence(sd, margin, image_variance=images),
+        ]
+        known = [seeds for seeds in wanted if seeds is not None]
+        numbers[arm] = max(*known, st.MIN_SEEDS_SIGN_FLIP) if len(known) == len(wanted) else None
         found.append(
-            f"pilot, {arm}: {verdict.seeds} pairs differ by {verdict.sd:.2f} pt (SD, 95 % interval {low:.2f} to "
-            f"{high:.2f}); {verdict.seeds_needed} seeds decide about ±{margin:g} pt."
+            f"pilot, {arm}: {len(comparison.seeds)} pairs differ by {comparison.verdict.sd:.2f} pt (SD; upper 80 % "
+            f"limit {sd:.2f}), test images leave {math.sqrt(images):.2f} pt of standard error; "
+            f"{numbers[arm] or 'no number of'} seeds decide about ±{margin:g} pt."
         )
-    number = pilot.comparisons[primary].verdict.seeds_needed or st.MIN_SEEDS_SIGN_FLIP
+    number = numbers[primary]
+    if number is None:
+        raise ValueError(
+            f"{found[0]} With {pilot.info.n_test} test images no number of seeds decides about ±{margin:g} pt: take a "
+            "wider margin, more test images, or a number of seeds of your own."
+        )
     found.append(f"The study takes {number} seeds, those of {primary}; the pilot's own are in no comparison.")
     return number, found
 

@@ -5,16 +5,17 @@ Displacement is not damage: the arm that moves most may be the most accurate one
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from lightning_unfreeze.inside_lightning.sandbox import in_eval_mode
+from lightning_unfreeze.inside_lightning.sandbox import in_eval_mode, sandbox
+from lightning_unfreeze.inside_lightning.steps import batch_on_device, step_output
 from lightning_unfreeze.layers.groups import layer_groups
 
 _PLACES: dict[int, tuple[int, ...]] = {2: (), 3: (1,), 4: (2, 3)}
@@ -34,28 +35,41 @@ class Snapshot:
     features: Mapping[str, Tensor]
 
 
-def snapshot(module: nn.Module, loader: DataLoader[Any], num_images: int, network: str | None = None) -> Snapshot:
-    """Return the weights, and the features of the first images of a loader.
+def snapshot(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    loader: Iterable[Any],
+    num_images: int,
+    network: str | None = None,
+) -> Snapshot:
+    """Return the weights, and the features of the first images of a loader, seen by the module's own validation step.
 
     Args:
+        trainer: Of the fit.
         module: On any device; it is left as it was.
-        loader: Batches whose first item are images.
+        loader: Batches as the module's validation step takes them.
         num_images: How many to look at.
         network: As for `layer_groups`.
     """
     groups = layer_groups(module, network)
     weights = {name: torch.cat([p.detach().flatten().cpu() for p in group]) for name, group in groups.items()}
     rows: dict[str, list[Tensor]] = {}
-    device, seen = next(module.parameters()).device, 0
-    with in_eval_mode(module), _last_outputs(module, network) as outputs, torch.no_grad():
-        for images, *_ in loader:
-            module(images[: num_images - seen].to(device))
+    seen = 0
+    with (
+        sandbox(trainer, module),
+        in_eval_mode(module),
+        _last_outputs(module, network) as outputs,
+        torch.no_grad(),
+    ):
+        for batch_idx, batch in enumerate(loader):
+            there = batch_on_device(trainer, module, batch)
+            step_output(trainer, module, there, batch_idx, "validation_step", together=False)
             for name, output in outputs.items():
                 rows.setdefault(name, []).append(output)
-            seen += len(images)
+            seen += max((len(output) for output in outputs.values()), default=num_images)
             if seen >= num_images:
                 break
-    return Snapshot(weights, {name: torch.cat(rows[name]) for name in groups if name in rows})
+    return Snapshot(weights, {name: torch.cat(rows[name])[:num_images] for name in groups if name in rows})
 
 
 def distortion(before: Snapshot, after: Snapshot) -> dict[str, float]:

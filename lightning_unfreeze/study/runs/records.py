@@ -1,8 +1,8 @@
 """The log of a study: one JSON line per finished run, written so that a killed study goes on where it was.
 
 A run is named by `run_key`, a hash of everything that decides its result. A line counts from the moment its newline
-is on disk: what a kill leaves behind it is dropped on reading and cut off before the next append. One process
-writes; any number may read.
+is on disk: what a kill leaves behind it is dropped on reading and cut off before the next append. Several processes
+may write, one after the other by a lock; any number may read.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from filelock import FileLock
 
 SCHEMA_VERSION = 1
 
@@ -80,7 +82,10 @@ class RunRecord:
         tuning_curve: (rate, mean validation accuracy) pairs of the arm's grid.
         tuning_images: Images spent on tuning this arm.
         tuning_flops: Floating-point operations spent on tuning this arm.
+        tuning_seconds: Wall-clock time spent on tuning this arm.
         acc_ood: Accuracy on shifted test images, where there are any.
+        correct_shifted: Whether each test image was classified correctly under each shift, packed likewise, by shift.
+        environment: What it ran on and with: device, versions, optimizer.
         schema: Version of this layout.
     """
 
@@ -112,7 +117,10 @@ class RunRecord:
     tuning_curve: tuple[tuple[float, float], ...] = ()
     tuning_images: int = 0
     tuning_flops: float = 0.0
+    tuning_seconds: float = 0.0
     acc_ood: float | None = None
+    correct_shifted: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
     code_version: str = ""
     schema: int = SCHEMA_VERSION
 
@@ -128,6 +136,11 @@ class RunRecord:
     def correct_bits(self) -> npt.NDArray[np.bool_]:
         """Return whether each test image was classified correctly, `(N,)`."""
         return unpack_correct(self.correct, self.n_test)
+
+    def shifted_shares(self) -> npt.NDArray[np.float64]:
+        """Return the share of shifts under which each test image was classified correctly, `(N,)`."""
+        bits = [unpack_correct(packed, self.n_test) for packed in self.correct_shifted.values()]
+        return np.asarray(np.mean(bits, axis=0), dtype=np.float64)
 
     def to_line(self) -> str:
         """Return the record as one line of strict JSON; numbers that are not finite become null."""
@@ -155,7 +168,7 @@ class RunRecord:
 
 
 class RunLog:
-    """The file of a study's runs.
+    """The file of a study's runs. Any number of processes may read it and append to it.
 
     >>> import tempfile
     >>> log = RunLog(Path(tempfile.mkdtemp()) / "runs.jsonl")
@@ -166,35 +179,50 @@ class RunLog:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self._records: dict[str, RunRecord] = {}
+        self._lines = self._read_bytes = 0
+        self._reading = threading.Lock()
 
     def read(self) -> list[RunRecord]:
         """Return the finished runs in the order they were written, the first one of each key.
 
+        What was read before is not read again.
+
         Raises:
             ValueError: A complete line is not a record of this version; says which line.
         """
-        if not self.path.exists():
-            return []
-        records: dict[str, RunRecord] = {}
-        # The piece behind the last newline is empty, or a line that a kill tore.
-        for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], start=1):
-            try:
-                record = RunRecord.from_line(line.decode())
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{self.path}, line {number} is not a run of this version: {error}") from error
-            records.setdefault(record.key, record)
-        return list(records.values())
+        with self._reading:
+            if not self.path.exists():
+                return []
+            with open(self.path, "rb") as file:
+                file.seek(self._read_bytes)
+                new = file.read()
+            # The piece behind the last newline is empty, or a line that a kill tore.
+            for line in new.split(b"\n")[:-1]:
+                try:
+                    record = RunRecord.from_line(line.decode())
+                except (ValueError, TypeError, KeyError) as error:
+                    where = f"{self.path}, line {self._lines + 1}"
+                    raise ValueError(f"{where} is not a run of this version: {error}") from error
+                self._records.setdefault(record.key, record)
+                self._lines, self._read_bytes = self._lines + 1, self._read_bytes + len(line) + 1
+            return list(self._records.values())
+
+    def by_key(self) -> dict[str, RunRecord]:
+        """Return the finished runs by key."""
+        return {record.key: record for record in self.read()}
 
     def append(self, record: RunRecord) -> None:
-        """Write one record and return when it is on disk."""
+        """Write one record and return when it is on disk; one process at a time."""
         line = record.to_line().encode()
-        created = not self.path.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a+b") as file:
-            _cut_torn_line(file)
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        with FileLock(f"{self.path}.lock"):
+            created = not self.path.exists()
+            with open(self.path, "a+b") as file:
+                _cut_torn_line(file)
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
         if created and os.name == "posix":
             # A new file's name is durable only once its directory is.
             directory = os.open(self.path.parent, os.O_RDONLY)

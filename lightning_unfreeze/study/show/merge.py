@@ -1,20 +1,24 @@
-"""Several data sets together: the mean effect of each arm, how much it varies, and a ranking where there are enough."""
+"""Several folders together: parts of one study joined by their seeds, and studies of several data sets merged."""
 
 from __future__ import annotations
 
-import math
+import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
+from lightning_unfreeze.study.judge import across
 from lightning_unfreeze.study.judge import statistics as st
 from lightning_unfreeze.study.judge.analysis import Analysis, in_order
-from lightning_unfreeze.study.show.result import load_study
+from lightning_unfreeze.study.judge.words import interval_words, outcome_words, percent
+from lightning_unfreeze.study.runs.folder import Stored, stored_study
+from lightning_unfreeze.study.runs.records import RunLog
+from lightning_unfreeze.study.show.merge_plots import critical_difference, merged_forest
+from lightning_unfreeze.study.show.result import StudyResult, load_study
 
 
 @dataclass(frozen=True)
@@ -22,60 +26,114 @@ class MergedStudy:
     """What several studies say together.
 
     Attributes:
-        effects: Difference to the reference per arm and data set (points).
+        effects: Difference to the reference per arm and study (points), for other seeds and new images.
         merged: Random-effects mean per arm, for the arms that two or more data sets have.
+        by_condition: The same within each condition, where there are several.
         ranking: Arms by mean rank with their critical difference, None with too few data sets or arms.
         ranked: Arms of the ranking.
         text: The report in Markdown.
+        joined: The one study that the folders were parts of, None where there are several studies.
     """
 
     effects: pd.DataFrame
-    merged: Mapping[str, st.MergedEffect]
-    ranking: st.Ranking | None
+    merged: Mapping[str, across.MergedEffect]
+    by_condition: Mapping[str, Mapping[str, across.MergedEffect]]
+    ranking: across.Ranking | None
     ranked: tuple[str, ...]
     text: str
+    joined: StudyResult | None = None
 
 
 def merge_studies(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> MergedStudy:
-    """Merge studies of different data sets and write `merged.md`, `effects.csv` and pictures.
+    """Join the parts of each study, and merge studies of several data sets.
 
-    The data sets are the sample: the interval of a mean effect is for another data set of their kind. Seeds of one
-    data set are never counted as data sets.
+    Folders with the same settings are parts of one study, such as the shards of a cluster's job array or two halves of
+    its seeds: their runs are joined. If all are parts of one study, it is written to `out` with its report. Otherwise
+    `merged.md`, `effects.csv` and pictures are: the data sets are the sample, with several backbones within one set
+    and the error of the test images included, and the interval of a mean effect is for another data set of their
+    kind. Neither seeds nor backbones are counted as data sets.
 
     Args:
-        folders: What `study run` wrote to, one per data set.
+        folders: What `study run` wrote to.
         out: Where to write.
 
     Raises:
-        ValueError: Fewer than two data sets, one twice, or studies of different references.
+        ValueError: Parts that overlap, one study twice, fewer than two data sets, or other references.
     """
-    analyses = [Analysis(study.records, study.info) for study in map(load_study, folders)]
-    names = [analysis.info.dataset for analysis in analyses]
+    studies = _joined([Path(folder) for folder in folders], Path(out))
+    if len(studies) == 1 and len(folders) > 1:
+        (study,) = studies
+        text = study.write(Path(out) / "report").text
+        return MergedStudy(pd.DataFrame(), {}, {}, None, (), text, study)
+    analyses = [Analysis(study.records, study.info) for study in studies]
+    names = [_label(analysis) for analysis in analyses]
+    sets = {analysis.info.dataset for analysis in analyses}
     twice = sorted({name for name in names if names.count(name) > 1})
-    if len(names) < 2 or twice:
+    if len(sets) < 2 or twice:
         raise ValueError(
             f"got studies of {names}{', ' + ', '.join(twice) + ' more than once' if twice else ''}: merging is about "
-            "two or more data sets; give each study its name (dataset=...)."
+            "two or more data sets; give each study its name (dataset=..., condition=...)."
         )
     references = sorted({analysis.info.reference for analysis in analyses})
     if len(references) > 1:
         raise ValueError(f"got studies with the references {references}: their differences mean different things.")
     effects = _effects(analyses)
-    merged = {}
-    for arm in in_order(effects["arm"].unique()):
-        usable = effects[(effects["arm"] == arm) & (effects["standard_error"] > 0)]
-        if len(usable) >= 2:
-            merged[arm] = st.merge_effects(usable["difference"].to_numpy(), usable["standard_error"].to_numpy())
+    conditions = list(dict.fromkeys(effects["condition"]))
+    merged = _merge(effects, analyses)
+    by_condition = {
+        name: _merge(effects[effects["condition"] == name], analyses) for name in conditions if len(conditions) > 1
+    }
     ranked, ranking = _rank(analyses)
-    text = _text(analyses, effects, merged, ranked, ranking)
+    text = _text(analyses, effects, merged, by_condition, ranked, ranking)
     root = Path(out)
     root.mkdir(parents=True, exist_ok=True)
     effects.to_csv(root / "effects.csv", index=False)
     (root / "merged.md").write_text(text, encoding="utf-8")
-    _forest(effects, merged, references[0]).savefig(root / "effects.png", dpi=110)
+    shown = by_condition or {"": merged}
+    merged_forest(effects, shown, references[0], analyses[0].info.margin).savefig(root / "effects.png", dpi=130)
     if ranking is not None:
-        _critical_difference(ranked, ranking).savefig(root / "critical_difference.png", dpi=110)
-    return MergedStudy(effects, merged, ranking, ranked, text)
+        critical_difference(ranked, ranking).savefig(root / "critical_difference.png", dpi=130)
+    return MergedStudy(effects, merged, by_condition, ranking, ranked, text)
+
+
+def _joined(folders: Sequence[Path], out: Path) -> list[StudyResult]:
+    """Return the studies that the folders hold, parts of one joined; a single joined one is written to `out`."""
+    groups: dict[str, list[Path]] = {}
+    stored = {folder: stored_study(folder) or Stored({}, load_study(folder).info) for folder in folders}
+    for folder in folders:
+        info = stored[folder].info
+        same = [stored[folder].settings, info.dataset, info.architecture, info.condition]
+        groups.setdefault(json.dumps(same, sort_keys=True), []).append(folder)
+    studies = []
+    for parts in groups.values():
+        results = [load_study(part) for part in parts]
+        owners: dict[tuple[str, int], Path] = {}
+        for part, result in zip(parts, results, strict=True):
+            for record in result.records:
+                other = owners.setdefault((record.arm, record.seed), part)
+                if other != part:
+                    raise ValueError(
+                        f"{other} and {part} are parts of one study, {result.info.dataset}, and overlap: both hold "
+                        f"{record.arm}, seed {record.seed}. One study is given more than once, or its parts were not "
+                        "made for other seeds or shards."
+                    )
+        seeds = dict.fromkeys(seed for result in results for seed in result.info.planned_seeds)
+        arms = in_order({arm for result in results for arm in result.info.arms})
+        info = replace(results[0].info, planned_seeds=tuple(seeds), arms=arms)
+        studies.append(StudyResult(tuple(record for result in results for record in result.records), info))
+    if len(studies) == 1 and len(folders) > 1:
+        Stored(stored[folders[0]].settings, studies[0].info).write(out)
+        log = RunLog(out / "runs.jsonl")
+        known = log.by_key()
+        for record in studies[0].records:
+            if record.key not in known:
+                log.append(record)
+    return studies
+
+
+def _label(analysis: Analysis) -> str:
+    info = analysis.info
+    return " · ".join(part for part in (info.dataset, info.architecture, info.condition) if part)
 
 
 def _effects(analyses: Sequence[Analysis]) -> pd.DataFrame:
@@ -83,152 +141,159 @@ def _effects(analyses: Sequence[Analysis]) -> pd.DataFrame:
         {
             "arm": comparison.arm,
             "dataset": analysis.info.dataset,
+            "architecture": analysis.info.architecture,
+            "condition": analysis.info.condition,
+            "shifted": shifted,
             "pairs": len(comparison.seeds),
-            "difference": comparison.verdict.interval.mean,
-            "standard_error": comparison.verdict.sd / math.sqrt(len(comparison.seeds)),
-            "ci95_low": comparison.verdict.interval.low,
-            "ci95_high": comparison.verdict.interval.high,
-            "outcome": comparison.verdict.outcome,
+            "difference": verdict.effect.mean,
+            "standard_error": verdict.effect.error,
+            "low": verdict.effect.interval().low,
+            "high": verdict.effect.interval().high,
+            "outcome": verdict.outcome,
         }
         for analysis in analyses
         for comparison in analysis.comparisons.values()
+        for shifted, verdict in ((False, comparison.verdict), (True, comparison.shifted))
+        if verdict is not None
     ]
     if not rows:
         raise ValueError("no study has an arm that shares a seed with its reference: there is nothing to merge.")
     return pd.DataFrame(rows)
 
 
-def _rank(analyses: Sequence[Analysis]) -> tuple[tuple[str, ...], st.Ranking | None]:
-    """Rank the arms that all data sets have, where there are enough of both."""
+def _merge(
+    effects: pd.DataFrame, analyses: Sequence[Analysis], shifted: bool = False
+) -> dict[str, across.MergedEffect]:
+    """Return the mean effect of each arm that two or more data sets have, at a level that secondary arms share."""
+    primaries = {analysis.info.primary for analysis in analyses}
+    arms = in_order(effects["arm"].unique())
+    secondary = max(1, len([arm for arm in arms if arm not in primaries]))
+    found = {}
+    for arm in arms:
+        rows = effects[(effects["arm"] == arm) & (effects["shifted"] == shifted)]
+        usable = rows[(rows["standard_error"] > 0) & np.isfinite(rows["standard_error"])]
+        if usable["dataset"].nunique() >= 2:
+            level = 1 - st.ALPHA / (1 if arm in primaries and not shifted else secondary)
+            found[arm] = across.merge_effects(
+                usable["difference"].to_numpy(), usable["standard_error"].to_numpy(), list(usable["dataset"]), level
+            )
+    return found
+
+
+def _rank(analyses: Sequence[Analysis]) -> tuple[tuple[str, ...], across.Ranking | None]:
+    """Rank the arms that all studies have by their mean in each data set, where there are enough of both."""
     common = in_order(set.intersection(*(set(analysis.arms) for analysis in analyses)))
-    if len(analyses) < st.MIN_DATASETS_RANKING or len(common) < 3:
+    sets: dict[str, list[Analysis]] = {}
+    for analysis in analyses:
+        sets.setdefault(analysis.info.dataset, []).append(analysis)
+    if len(sets) < across.MIN_DATASETS_RANKING or len(common) < 3:
         return (), None
     means = [
-        [float(np.mean([run.acc for run in analysis.runs[arm].values()])) for arm in common] for analysis in analyses
+        [float(np.mean([run.acc for study in members for run in study.runs[arm].values()])) for arm in common]
+        for members in sets.values()
     ]
-    return common, st.rank_arms(means)
+    return common, across.rank_arms(means)
 
 
 def _text(
     analyses: Sequence[Analysis],
     effects: pd.DataFrame,
-    merged: Mapping[str, st.MergedEffect],
+    merged: Mapping[str, across.MergedEffect],
+    by_condition: Mapping[str, Mapping[str, across.MergedEffect]],
     ranked: Sequence[str],
-    ranking: st.Ranking | None,
+    ranking: across.Ranking | None,
 ) -> str:
-    names, reference = [analysis.info.dataset for analysis in analyses], analyses[0].info.reference
-    primaries = sorted({analysis.info.primary for analysis in analyses})
-    lines = [f"# {len(names)} data sets together: {', '.join(names)}", ""]
-    for primary in primaries:
-        lines.append(_sentence(primary, merged, reference) if primary in merged else f"{primary}: too few data sets.")
+    sets, reference = list(dict.fromkeys(a.info.dataset for a in analyses)), analyses[0].info.reference
+    margin = analyses[0].info.margin
+    lines = [f"# {len(sets)} data sets, {len(analyses)} studies together: {', '.join(sets)}", ""]
+    notes = [f"{_label(a)}: {a.look.note}" for a in analyses if a.look.note]
+    lines += [*(f"> **{note}**" for note in notes), *([""] if notes else [])]
+    for primary in sorted({analysis.info.primary for analysis in analyses}):
+        if primary in merged:
+            lines.append(_sentence(primary, merged[primary], reference, margin))
+        else:
+            lines.append(f"{primary}: too few data sets.")
     lines += [
         "",
-        f"Accuracy minus that of {reference} (points), random-effects mean over data sets (Paule-Mandel, t interval). "
-        "tau: spread of the true effect between data sets. I²: share of the variation that is more than sampling "
-        "error. The interval is for the mean effect over data sets like these; tau says how far one of them may lie "
-        "from it. Intervals are not adjusted for the number of arms.",
-        "",
-        "| arm | data sets | mean Δ pt | 95 % | tau | I² | p (homogeneous) |",
-        "|---|---|---|---|---|---|---|",
+        f"Accuracy minus that of {reference} (points), for other seeds and new images, random-effects mean over data "
+        "sets with studies within them (REML, t interval of one degree of freedom less than there are data sets). tau: "
+        "spread of the true effect between data sets; within: between the studies of one set. I²: share of the "
+        "variation that is more than sampling error. The interval is for the mean effect over data sets like these; "
+        "tau says how far one of them may lie from it. Secondary arms share the level (Bonferroni).",
+        *_merged_table(merged, margin, "" if not by_condition else "All conditions"),
     ]
-    for arm, found in merged.items():
-        interval = f"[{found.effect.low:+.2f}, {found.effect.high:+.2f}]"
-        lines.append(
-            f"| {arm} | {found.datasets} | {found.effect.mean:+.2f} | {interval} | {found.tau:.2f} | {found.i2:.0%} | "
-            f"{found.q_p:.3f} |"
-        )
-    lines += ["", "![Effects per data set and merged](effects.png)", "", f"| arm | {' | '.join(names)} |"]
-    lines.append("|---|" + "---|" * len(names))
-    for arm in in_order(effects["arm"].unique()):
-        cells = [_cell(effects[(effects["arm"] == arm) & (effects["dataset"] == name)]) for name in names]
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
-    left_out = effects[~(effects["standard_error"] > 0)]
+    for name, found in by_condition.items():
+        lines += _merged_table(found, margin, name or "no condition")
+    shifted = _merge(effects, analyses, shifted=True)
+    if shifted:
+        lines += _merged_table(shifted, margin, "On shifted images (secondary)")
+    lines += ["", "![Effects per study and merged](effects.png)", ""]
+    plain = effects[~effects["shifted"]]
+    labels = list(dict.fromkeys(map(_label, analyses)))
+    arms = in_order(plain["arm"].unique())
+    lines += [f"| study | {' | '.join(arms)} |", "|---|" + "---|" * len(arms)]
+    for label, analysis in zip(labels, analyses, strict=True):
+        cells = [_cell(analysis, arm) for arm in arms]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    left_out = plain[~((plain["standard_error"] > 0) & np.isfinite(plain["standard_error"]))]
     if len(left_out):
         pairs = ", ".join(f"{row.arm} on {row.dataset}" for row in left_out.itertuples())
         lines += ["", f"Not merged, because its pairs have no spread (one pair, or all alike): {pairs}."]
     lines.append("")
     if ranking is None:
         lines.append(
-            f"No ranking: a critical-difference diagram needs {st.MIN_DATASETS_RANKING} data sets with 3 arms in "
-            f"common, these are {len(names)}. Seeds are not data sets."
+            f"No ranking: a critical-difference diagram needs {across.MIN_DATASETS_RANKING} data sets with 3 arms in "
+            f"common, these are {len(sets)}. Seeds and backbones are not data sets."
         )
     else:
+        order = sorted(zip(ranking.mean_ranks.tolist(), ranked, strict=True))
         lines += [
             f"Friedman p = {ranking.p:.3f}; mean ranks nearer than {ranking.critical_difference:.2f} do not differ at "
             "5 % (Nemenyi).",
             "",
             "![Critical difference](critical_difference.png)",
             "",
-            ", ".join(
-                f"{arm} {rank:.2f}" for rank, arm in sorted(zip(ranking.mean_ranks.tolist(), ranked, strict=True))
-            ),
+            ", ".join(f"{arm} {rank:.2f}" for rank, arm in order),
         ]
     return "\n".join(lines) + "\n"
 
 
-def _sentence(arm: str, merged: Mapping[str, st.MergedEffect], reference: str) -> str:
-    found = merged[arm]
-    said = "differs from zero" if found.effect.excludes_zero() else "is not told apart from zero"
+def _merged_table(merged: Mapping[str, across.MergedEffect], margin: float, title: str) -> list[str]:
+    lines = ["", *([f"**{title}**", ""] if title else [])]
+    lines.append("| arm | sets | studies | mean Δ pt | interval | outcome | tau | within | I² |")
+    lines.append("|---|---|---|---|---|---|---|---|---|")
+    for arm, found in merged.items():
+        effect = found.effect
+        interval = f"{interval_words(effect)} {percent(effect.level)}"
+        lines.append(
+            f"| {arm} | {found.datasets} | {found.studies} | {effect.mean:+.2f} | {interval} | "
+            f"{_outcome(effect, margin)} | {found.tau:.2f} | {found.tau_within:.2f} | {found.i2:.0%} |"
+        )
+    return lines
+
+
+def _outcome(effect: st.Interval, margin: float) -> str:
+    """Return the outcome of a merged effect; its whole interval, not the narrower one, must lie inside the margin."""
+    side = "better" if effect.mean > 0 else "worse"
+    if effect.within(margin):
+        return "equal"
+    if effect.beyond(margin):
+        return f"{side} by more than {margin:g} pt"
+    return f"{side}, size open" if effect.excludes_zero() else "undecided"
+
+
+def _sentence(arm: str, found: across.MergedEffect, reference: str, margin: float) -> str:
+    effect = found.effect
     return (
-        f"{arm} against {reference}: {found.effect.mean:+.2f} pt [{found.effect.low:+.2f}, {found.effect.high:+.2f}] "
-        f"over {found.datasets} data sets; it {said}, and varies by tau = {found.tau:.2f} pt between them."
+        f"**{arm} against {reference}: {effect.mean:+.2f} pt {interval_words(effect)} over {found.datasets} data "
+        f"sets ({found.studies} studies): {_outcome(effect, margin)}**, against a margin of ±{margin:g} pt; it varies "
+        f"by tau = {found.tau:.2f} pt between them."
     )
 
 
-def _cell(rows: pd.DataFrame) -> str:
-    if rows.empty:
+def _cell(analysis: Analysis, arm: str) -> str:
+    comparison = analysis.comparisons.get(arm)
+    if comparison is None:
         return "-"
-    row = rows.iloc[0]
-    return f"{row.difference:+.2f} [{row.ci95_low:+.2f}, {row.ci95_high:+.2f}]"
-
-
-def _forest(effects: pd.DataFrame, merged: Mapping[str, st.MergedEffect], reference: str) -> Figure:
-    """Draw each arm's effect per data set, and the merged one as a diamond."""
-    arms, names = in_order(effects["arm"].unique()), list(effects["dataset"].unique())
-    figure = Figure(figsize=(8, 1.2 + 0.28 * len(arms) * (len(names) + 1)), layout="constrained")
-    axes = figure.subplots()
-    ticks = []
-    for block, arm in enumerate(arms):
-        top = block * (len(names) + 1.6)
-        for index, name in enumerate(names):
-            rows = effects[(effects["arm"] == arm) & (effects["dataset"] == name)]
-            if rows.empty:
-                continue
-            row = rows.iloc[0]
-            if math.isfinite(row.ci95_low):
-                axes.plot([row.ci95_low, row.ci95_high], [top + index] * 2, color=f"C{index}", lw=1.5)
-            label = name if block == 0 else None
-            axes.plot(row.difference, top + index, "os^Dv"[index % 5], color=f"C{index}", ms=4.5, label=label)
-        if arm in merged:
-            effect = merged[arm].effect
-            axes.plot([effect.low, effect.high], [top + len(names)] * 2, color="black", lw=2.2)
-            label = "merged" if not any(text == "merged" for text in axes.get_legend_handles_labels()[1]) else None
-            axes.plot(effect.mean, top + len(names), "D", color="black", ms=6, label=label)
-        ticks.append(top + len(names) / 2)
-    axes.axvline(0, color="0.4", lw=0.8)
-    axes.set_yticks(ticks, arms)
-    axes.invert_yaxis()
-    axes.set_xlabel(f"accuracy minus {reference} (points), 95 %")
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    return figure
-
-
-def _critical_difference(arms: Sequence[str], ranking: st.Ranking) -> Figure:
-    """Draw arms by mean rank, with a bar over those that do not differ (Demsar 2006)."""
-    order = np.argsort(ranking.mean_ranks)
-    ranks = ranking.mean_ranks[order]
-    figure = Figure(figsize=(8, 1.5 + 0.32 * len(arms)), layout="constrained")
-    axes = figure.subplots()
-    for row, (index, rank) in enumerate(zip(order, ranks, strict=True)):
-        axes.plot(rank, row, "o", color="black", ms=5)
-        axes.annotate(arms[index], (rank, row), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9)
-        # from each arm to the last one that it does not differ from
-        last = int(np.flatnonzero(ranks - rank < ranking.critical_difference)[-1])
-        if last > row:
-            axes.plot([rank, ranks[last]], [row, row], color="0.6", lw=2.5, zorder=0)
-    axes.set_xlim(0.8, len(arms) + 1.2)
-    axes.invert_yaxis()
-    axes.set_yticks([])
-    axes.set_xlabel("mean rank over data sets (1 is best)")
-    axes.set_title(f"grey: not different at 5 %, critical difference {ranking.critical_difference:.2f}", fontsize=9)
-    return figure
+    verdict = comparison.verdict
+    return f"{verdict.interval.mean:+.2f} {interval_words(verdict.interval)} {outcome_words(verdict)}"

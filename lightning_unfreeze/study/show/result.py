@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,9 +12,11 @@ from matplotlib.figure import Figure
 
 from lightning_unfreeze.study.judge.analysis import Analysis, StudyInfo
 from lightning_unfreeze.study.judge.verdict import StudyVerdict, judge
+from lightning_unfreeze.study.runs.folder import stored_study
 from lightning_unfreeze.study.runs.records import RunLog, RunRecord
 from lightning_unfreeze.study.show.plots import PLOTS
-from lightning_unfreeze.study.show.report import comparison_table, write_report
+from lightning_unfreeze.study.show.report import write_report
+from lightning_unfreeze.study.show.tables import comparison_table
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,10 @@ def load_study(folder: str | os.PathLike[str]) -> StudyResult:
         ValueError: If there is none.
     """
     root = Path(folder)
-    if not (root / "study.json").is_file():
+    stored = stored_study(root)
+    if stored is None:
         raise ValueError(f"{root} holds no study: there is no study.json; give the folder that `study run` wrote to.")
-    info = json.loads((root / "study.json").read_text())["info"]
     records = RunLog(root / "runs.jsonl").read()
     if not records:
         raise ValueError(f"{root} holds no finished run yet.")
-    return StudyResult(tuple(records), StudyInfo(**{**info, "arms": tuple(info["arms"])}))
+    return StudyResult(tuple(records), stored.info)

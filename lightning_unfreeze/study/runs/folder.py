@@ -1,0 +1,92 @@
+"""`study.json`: what a study's folder was started with, and that nothing else goes on in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_unfreeze.study.judge.analysis import StudyInfo
+
+NAME = "study.json"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a folder says of its study.
+
+    Attributes:
+        settings: All that decides a run's result.
+        info: What the report says of the study; its planned seeds are those of the first start.
+    """
+
+    settings: Mapping[str, Any]
+    info: StudyInfo
+
+    def write(self, folder: Path) -> None:
+        """Write it down, whole or not at all."""
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"{NAME}.part"
+        partial.write_text(json.dumps({"settings": self.settings, "info": asdict(self.info)}, indent=1))
+        partial.replace(folder / NAME)
+
+
+def stored_study(folder: Path) -> Stored | None:
+    """Return what the folder says, None where no study was started in it."""
+    path = folder / NAME
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text())
+    return Stored(found["settings"], StudyInfo.from_json(found["info"]))
+
+
+def refuse_other_settings(folder: Path, before: Stored, asked: Stored) -> None:
+    """Refuse to go on in a folder with anything that would give other runs, or other looks at them.
+
+    Raises:
+        ValueError: Naming what differs.
+    """
+    names = sorted({*before.settings, *asked.settings})
+    changed = [name for name in names if before.settings.get(name) != asked.settings.get(name)]
+    changed += ["looks"] if before.info.looks != asked.info.looks else []
+    if changed:
+        raise ValueError(
+            f"out={str(folder)!r} holds a study with another {', '.join(changed)}: give another folder, or the "
+            "settings that it was started with."
+        )
+
+
+def claim_folder(folder: Path, asked: Stored, keep_plan: bool) -> Stored:
+    """Write down what the study is, and return it with the seeds that its first start planned.
+
+    Args:
+        folder: Of the study.
+        asked: What is to be run; its planned seeds are those of this start.
+        keep_plan: Take arms and seeds of the first start, whatever is asked for now.
+
+    Raises:
+        ValueError: If the folder holds a study with other settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f"{NAME}.lock"):
+        before = stored_study(folder)
+        info = asked.info
+        if before is not None:
+            refuse_other_settings(folder, before, asked)
+            more = set(info.planned_seeds) - set(before.info.planned_seeds)
+            if more and before.info.planned_seeds and not keep_plan:
+                rank_zero_warn(
+                    f"{folder} was planned with {len(before.info.planned_seeds)} seeds, and is asked for {len(more)} "
+                    "more: its report will say that it was extended after a look. looks=[...] plans that "
+                    "from the start."
+                )
+            info = replace(info, planned_seeds=before.info.planned_seeds or info.planned_seeds)
+            info = replace(info, arms=before.info.arms) if keep_plan else info
+        claimed = Stored(asked.settings, info)
+        claimed.write(folder)
+    return claimed
