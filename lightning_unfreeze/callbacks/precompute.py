@@ -27,6 +27,7 @@ from lightning_unfreeze.features.head_rows import NotLinearError, head_rows, lin
 from lightning_unfreeze.features.key import fingerprint_of, transform_fingerprint
 from lightning_unfreeze.features.layout import StoreDtype
 from lightning_unfreeze.features.prefix import FrozenPrefix
+from lightning_unfreeze.features.resident import PLACES, ResidentStore, choose_place, resident
 from lightning_unfreeze.features.serve import (
     FeatureDataset,
     StoredBatch,
@@ -43,7 +44,7 @@ from lightning_unfreeze.features.serve import (
 )
 from lightning_unfreeze.features.shortcut import Host, check_step, find_shortcut, seconds, step_seconds
 from lightning_unfreeze.features.solve import HeadRows, solve_head
-from lightning_unfreeze.features.store import prune
+from lightning_unfreeze.features.store import FeatureStore, prune
 from lightning_unfreeze.inside_lightning.distributed import gather_objects
 from lightning_unfreeze.inside_lightning.loaders import ask_for_loaders_again, load_validation
 from lightning_unfreeze.inside_lightning.sandbox import in_eval_mode, sandbox
@@ -66,6 +67,7 @@ _CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "policy": ("auto", "always"),
     "verify": ("sampled", "full"),
+    "place": ("auto", *PLACES),
 }
 _PRECISION = {"bfloat16": "about 3 significant digits", "float16": "3 to 4 significant digits, at most 65504"}
 
@@ -96,6 +98,9 @@ class PrecomputeFeatures(StageCallback):
         max_bytes: Stores that were not used for longest are removed when all of them hold more.
         verify: On re-use, check `"sampled"` or `"full"` checksums. A few rows are computed anew in any case.
         seed: Seed of the views, and of the order where the user's loader has none.
+        place: Where rows are read from: `"device"`, `"pinned"` (memory of the host, copied ahead of the step), `"disk"`
+            or `"auto"`, the first of these with room (on a CPU memory up to 256 MiB, then the disk).
+        memory_share: Share of the free memory that they may take, in (0, 1].
 
     Raises:
         ValueError: For an impossible value.
@@ -115,14 +120,19 @@ class PrecomputeFeatures(StageCallback):
         max_bytes: int = 50 * 2**30,
         verify: Literal["sampled", "full"] = "sampled",
         seed: int = 0,
+        place: Literal["auto", "device", "pinned", "disk"] = "auto",
+        memory_share: float = 0.5,
     ) -> None:
-        for name, value in (("dtype", dtype), ("policy", policy), ("verify", verify)):
+        for name, value in (("dtype", dtype), ("policy", policy), ("verify", verify), ("place", place)):
             if value not in _CHOICES[name]:
                 raise ValueError(f"{name}={value!r} is not one of {list(_CHOICES[name])}")
         sizes = {"num_views": num_views, "cached_batch_size": cached_batch_size or 1, "max_bytes": max_bytes}
         for name, number in sizes.items():
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise ValueError(f"{name}={number!r} has to be a whole number of at least 1")
+        if not 0 < memory_share <= 1:
+            raise ValueError(f"memory_share={memory_share!r} has to lie in (0, 1]")
+        self.place, self.memory_share = place, memory_share
         self.store_dir = None if store_dir is None else Path(store_dir)
         self.num_views, self.dtype, self.policy = num_views, dtype, policy
         self.cached_batch_size, self.eval_transform = cached_batch_size, eval_transform
@@ -190,7 +200,7 @@ class PrecomputeFeatures(StageCallback):
         source: FeatureDataset | ViewBatches
         if stored is not None:
             self._stored[split] = stored
-            source = FeatureDataset(stored.store, stored.data.form, stored.prefix)
+            source = FeatureDataset(self._in_memory(host, stored), stored.data.form, stored.prefix)
             pass_transfer_hooks(trainer.lightning_module, StoredBatch)
         else:  # the same views in the same order: a store is a matter of speed alone
             source = ViewBatches(loader, data.views, self.seed)  # type: ignore[union-attr]
@@ -198,6 +208,16 @@ class PrecomputeFeatures(StageCallback):
             self._source = source
             self._choose_view(trainer, run)
         return feature_loader(loader, source, self.cached_batch_size if split == "train" else None, self.seed)
+
+    def _in_memory(self, host: Host, stored: StoredData) -> FeatureStore | ResidentStore:
+        """The store, or its rows in memory where there is room; each rank for itself, since they read the same."""
+        place = self.place
+        if place == "auto":
+            place = choose_place(stored.store.layout.num_bytes, host.device, self.memory_share)
+        held, said = resident(stored.store, host.device, place, on_host=stored.data.form.text_names)
+        if said:
+            rank_zero_info(said)
+        return held
 
     def _stored_data(self, trainer: pl.Trainer, host: Host, run: StageRun, data: ViewedData) -> StoredData | None:
         """The store of the data, filled if need be; None if it would not pay.

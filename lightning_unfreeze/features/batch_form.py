@@ -55,6 +55,11 @@ class BatchForm:
                 what = f"a tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)[:60]
                 raise NoStoreError(f"the batch holds {what}, which does not come one per image")
 
+    @property
+    def text_names(self) -> frozenset[str]:
+        """Names under which `split` gives texts: bytes, which Python reads."""
+        return frozenset(f"beside_{i}" for i in self._texts)
+
     def split(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The images `(B, C, H, W)`, and everything else as named tensors `(B, *)`."""
         leaves, tree = _flatten(batch)

@@ -27,6 +27,7 @@ from lightning_unfreeze.features.batch_form import BatchForm, NoStoreError
 from lightning_unfreeze.features.describe import NotUnderstoodError
 from lightning_unfreeze.features.key import dataset_fingerprint, fingerprint_of, transform_fingerprint
 from lightning_unfreeze.features.prefix import FrozenPrefix
+from lightning_unfreeze.features.resident import ResidentStore
 from lightning_unfreeze.features.store import FeatureStore
 from lightning_unfreeze.seeding import keyed_rng
 
@@ -344,22 +345,39 @@ class FeatureDataset(Dataset[StoredBatch]):
     """Whole batches from a store: indexed by a list of rows.
 
     Args:
-        store: Features and what lies beside the images.
+        store: Features and what lies beside the images, on disk or in memory.
         form: A batch as the step gets it.
         prefix: What the features are of.
     """
 
-    def __init__(self, store: FeatureStore, form: BatchForm, prefix: FrozenPrefix) -> None:
+    def __init__(self, store: FeatureStore | ResidentStore, form: BatchForm, prefix: FrozenPrefix) -> None:
         self.store, self.form, self.prefix = store, form, prefix
         self.view = 0
 
     def __getitem__(self, rows: list[int]) -> StoredBatch:
-        beside = self.store.read(torch.tensor(rows, dtype=torch.int64), self.view)
-        features = {name: beside.pop(name) for name in self.prefix.shapes}
-        return StoredBatch(self, self.prefix.pack(features), beside)
+        return self._batch(self.store.read(torch.tensor(rows, dtype=torch.int64), self.view))
+
+    def batches(self, sampler: EpochBatchSampler) -> Iterator[StoredBatch]:
+        """An epoch; from memory, the next batch is on its way to the device while one is worked on."""
+        if isinstance(self.store, ResidentStore):
+            parts = sampler.batches(self.store.device if self.store.place == "device" else None)
+            yield from map(self._batch, self.store.read_ahead(parts, self.view))
+        else:
+            yield from (self._batch(self.store.read(part, self.view)) for part in sampler.batches())
+
+    def _batch(self, tensors: dict[str, Tensor]) -> StoredBatch:
+        features = {name: tensors.pop(name) for name in self.prefix.shapes}
+        return StoredBatch(self, self.prefix.pack(features), tensors)
 
     def __len__(self) -> int:
         return self.store.layout.num_rows
+
+
+class _FeatureLoader(ResumableLoader):
+    """Reads a `FeatureDataset` in this process, without what a DataLoader does to samples."""
+
+    def read(self) -> Iterator[StoredBatch]:
+        return self.dataset.batches(self.sampler)  # type: ignore[attr-defined, no-any-return]
 
 
 class _RowBatches(BatchSampler):
@@ -379,7 +397,8 @@ def feature_loader(
     sampler of the user's, or a batch sampler, goes on choosing the rows. The same for features and for images, so that
     it is the same training.
     """
-    reading: dict[str, Any] = {"pin_memory": loader.pin_memory, "collate_fn": _as_it_is}
+    in_memory = isinstance(dataset, FeatureDataset) and isinstance(dataset.store, ResidentStore)
+    reading: dict[str, Any] = {"pin_memory": loader.pin_memory and not in_memory, "collate_fn": _as_it_is}
     if isinstance(dataset, ViewBatches):
         reading |= {
             "num_workers": loader.num_workers,
@@ -406,4 +425,5 @@ def feature_loader(
     order = EpochBatchSampler(
         dataset, size or 1, shuffle=shuffle, seed=seed, drop_last=drop_last, drop_tail=drop_tail, weights=weights
     )
-    return ResumableLoader(dataset, batch_size=None, sampler=order, **reading)
+    kind = _FeatureLoader if isinstance(dataset, FeatureDataset) and not reading["pin_memory"] else ResumableLoader
+    return kind(dataset, batch_size=None, sampler=order, **reading)
