@@ -34,8 +34,11 @@ from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage
 from lightning_unfreeze.callbacks.precompute import PrecomputeFeatures
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.data.loaders import EpochSampler, KeyedDataset, ResumableLoader
+from lightning_unfreeze.features import resident as resident_module
 from lightning_unfreeze.features import store as feature_store
 from lightning_unfreeze.features.fill import FeaturePass
+from lightning_unfreeze.features.resident import ResidentStore
+from lightning_unfreeze.features.store import FeatureStore
 from lightning_unfreeze.layers.groups import layer_groups
 from lightning_unfreeze.stages.plan import Stage
 from tests.conftest import SmallNet, UserModule, loader, quiet_trainer, random_images, same_weights, weights_of
@@ -1022,6 +1025,35 @@ def test_precompute__the_range_test_runs_on_stored_features(tmp_path):
     "options", [{"num_views": 0}, {"dtype": "int8"}, {"policy": "never"}, {"verify": "no"}, {"cached_batch_size": -1}]
 )
 def test_precompute__impossible_arguments_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        PrecomputeFeatures(**options)
+
+
+class Held(Callback):
+    """What the batches of a stage are read from."""
+
+    store: Any = None
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.store = trainer.train_dataloader.dataset.store
+
+
+@pytest.mark.parametrize("place", ["auto", "device", "disk"])
+def test_precompute__trains_the_same_weights_wherever_the_rows_lie(tmp_path, place):
+    plain, _ = fit(None)
+    stored, _ = fit(tmp_path, options={"place": place}, callbacks=[held := Held()])
+    assert same_weights(weights_of(plain), weights_of(stored)) == []
+    assert isinstance(held.store, FeatureStore if place == "disk" else ResidentStore)
+
+
+def test_precompute__more_than_its_share_of_the_memory_stays_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(resident_module, "_free_on_host", lambda: 24 * 6 * 4)
+    fit(tmp_path, options={"memory_share": 0.1}, callbacks=[held := Held()])
+    assert isinstance(held.store, FeatureStore)
+
+
+@pytest.mark.parametrize("options", [{"place": "gpu"}, {"memory_share": 0.0}, {"memory_share": 1.5}])
+def test_precompute__impossible_places_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         PrecomputeFeatures(**options)
 
