@@ -106,7 +106,7 @@ ALLOWED = {
         "module",
         *LEAVES,
     },
-    "cli": {"study", "recipe", "preview", "module", "callbacks", "stages", "data", *LEAVES},
+    "cli": {"study", "recipe", "preview", "module", "classifier", "callbacks", "stages", "data", *LEAVES},
     "__main__": {"cli"},
 }
 

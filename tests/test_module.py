@@ -544,7 +544,7 @@ def test_checkpoint__knows_the_input_that_the_data_module_gave(tmp_path: Path) -
     told = pixels(DigitsData(**options), digits(5), tmp_path / "model.ckpt")
     assert told.shape[1:] == (1, 16, 16)
     loaded = TransferClassifier.load_from_checkpoint(tmp_path / "model.ckpt")
-    assert loaded.data_config["input_size"] == (1, 16, 16)
+    assert loaded.data_config["input_size"] == [1, 16, 16]
     assert torch.equal(pixels(DigitsData(), digits(5), tmp_path / "model.ckpt"), told)
     assert torch.equal(pixels(DigitsData(), loaded, None), told)
     with pytest.warns(UserWarning, match=r"input_size \(1, 32, 32\) instead of \(1, 16, 16\)"):

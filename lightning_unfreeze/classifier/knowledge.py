@@ -40,7 +40,9 @@ def input_differences(trained: Mapping[str, Any], given: Mapping[str, Any]) -> l
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a data config that says how images are prepared, in primitives."""
-    return {name: _plain(config[name]) for name in (*_OF_THE_INPUT, "crop_mode") if name in config}
+    known = {name: config[name] for name in (*_OF_THE_INPUT, "crop_mode") if name in config}
+    # lists: LightningCLI reads the checkpoint's hyperparameters, and its parser gives no tuple back as it was
+    return {name: list(value) if isinstance(value, list | tuple) else value for name, value in known.items()}
 
 
 def versions() -> dict[str, str]:

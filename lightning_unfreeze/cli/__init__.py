@@ -13,7 +13,9 @@ usage: lightning-unfreeze COMMAND --config FILE.yaml [--OPTION VALUE ...]
   fit       run all stages of the plan
   validate  score a checkpoint on the validation images, with TTAEval augmented
   test      the same on the test images
-  predict   write predictions.csv for a folder of images
+  predict   write predictions.csv for a folder of images; or --ckpt_path FILE PHOTO... alone
+  explain   show where a checkpoint is wrong: a page with the worst photos, tables, a model card
+  export    write a checkpoint as ONNX or torch.export file, with the normalisation inside
   plan      show what each stage trains, at which rates and at what cost; trains nothing
   lr-find   make the range tests alone, with tables and curves; trains nothing
   rank      which backbone suits your images: one pass and a solved head each, a table and a picture
@@ -26,6 +28,8 @@ options: lightning-unfreeze fit --help, and of a module or data module
 _OF_THE_TRAINER = ("fit", "validate", "test", "predict")
 _COMMANDS = {
     **dict.fromkeys(_OF_THE_TRAINER, "run"),
+    "explain": "explain",
+    "export": "export",
     "plan": "plan",
     "lr-find": "lr_find",
     "rank": "rank",

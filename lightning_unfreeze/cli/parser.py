@@ -12,7 +12,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_warn
 
 import lightning_unfreeze
+from lightning_unfreeze.callbacks.error_report import ErrorReport
 from lightning_unfreeze.callbacks.predictions import PredictionsCSV
+from lightning_unfreeze.callbacks.tta import TTAEval
 from lightning_unfreeze.cli.errors import cause
 from lightning_unfreeze.cli.options import StageOptions, change_stages
 from lightning_unfreeze.module import TransferClassifier
@@ -39,7 +41,9 @@ class UnfreezeCLI(LightningCLI):
         run: bool = True,
         stage_options: StageOptions | None = None,
         all_probabilities: bool = False,
+        explains: bool = False,
     ) -> None:
+        self._explains = explains
         self._stage_options, self._all_probabilities = stage_options or {}, all_probabilities
         super().__init__(
             pl.LightningModule,
@@ -72,8 +76,14 @@ class UnfreezeCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except (RuntimeError, TypeError) as error:  # no user's code has run yet, so it is the config's fault
             raise MisconfigurationException(str(error)) from error
-        if self.subcommand == "predict" and not any(isinstance(each, PredictionsCSV) for each in trainer.callbacks):  # type: ignore[attr-defined]
-            trainer.callbacks.append(PredictionsCSV(all_probabilities=self._all_probabilities))  # type: ignore[attr-defined]
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        kinds = {type(each) for each in callbacks}
+        if self.subcommand == "predict" and PredictionsCSV not in kinds:
+            callbacks.append(PredictionsCSV(all_probabilities=self._all_probabilities))
+        if self._explains and TTAEval not in kinds:
+            callbacks.append(TTAEval())
+        if (self._explains or (self.subcommand == "test" and TTAEval in kinds)) and ErrorReport not in kinds:
+            callbacks.append(ErrorReport())
         return trainer
 
     def before_validate(self) -> None:

@@ -19,7 +19,7 @@ def predict_photos(arguments: Sequence[str], photos: Sequence[Path], all_probabi
     Raises:
         ValueError: Where there is nothing to predict, or an option that single photos do not have.
     """
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--ckpt_path")
     options, unknown = parser.parse_known_args(list(arguments))
     if options.ckpt_path is None:

@@ -1,0 +1,153 @@
+"""`explain` and `export`: from a checkpoint to a report, and to a file that runs without this package."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from lightning_unfreeze import TransferClassifier, TTAEval
+from lightning_unfreeze.callbacks.error_report import ErrorReport
+from lightning_unfreeze.cli import main
+from tests.conftest import UserModule, quiet_trainer, random_images
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*tensorboardX.*", "ignore:Checkpoint directory .* exists", "ignore:.*smaller than the logging interval"
+)
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    for split in ("train", "val"):
+        for label, name in enumerate(("ants", "bees")):
+            (folder / "photos" / split / name).mkdir(parents=True)
+            for i in range(6 if split == "train" else 3):
+                Image.new("RGB", (40, 36), (60 + 90 * label, 20 * i, 100)).save(
+                    folder / "photos" / split / name / f"{i}.png"
+                )
+    # one bee among the ants: the worst photo
+    Image.new("RGB", (40, 36), (150, 10, 100)).save(folder / "photos" / "val" / "ants" / "a bee.png")
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(folder), "name": None}}
+    stages = [{"name": "full", "epochs": 8, "lr": 0.003}]
+    config = {
+        "trainer": {
+            "default_root_dir": str(folder),
+            "logger": logger,
+            "callbacks": [{"class_path": "GradualUnfreeze", "init_args": {"stages": stages}}],
+        },
+        "model": {
+            "class_path": "TransferClassifier",
+            "init_args": {"backbone": "test_resnet", "num_classes": 2, "pretrained": False},
+        },
+        "data": {
+            "class_path": "ImageFolderData",
+            "init_args": {"root": str(folder / "photos"), "batch_size": 4, "image_size_px": 32, "augmentation": "none"},
+        },
+    }
+    (folder / "own.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", str(folder / "own.yaml"), *QUIET])
+    (path,) = folder.rglob("*.ckpt")
+    return path
+
+
+def test_explain__needs_the_checkpoint_alone_and_finds_the_wrong_photo(checkpoint: Path) -> None:
+    main(["explain", "--ckpt_path", str(checkpoint), *QUIET])
+    folder = checkpoint.parent / "explain_val"
+    with (folder / "samples.csv").open(newline="") as file:
+        samples = list(csv.DictReader(file))
+    assert [(Path(row["file"]).name, row["truth"], row["guess"]) for row in samples if row["right"] == "False"] == [
+        ("a bee.png", "ants", "bees")
+    ]
+    assert samples[0]["file"].endswith("a bee.png")
+    with (folder / "confusion.csv").open(newline="") as file:
+        assert list(csv.DictReader(file)) == [
+            {"truth": "ants", "ants": "3", "bees": "1"},
+            {"truth": "bees", "ants": "0", "bees": "3"},
+        ]
+    page = (folder / "index.html").read_text()
+    assert "6 of 7 images" in page and page.count("data:image/jpeg;base64,") == 7
+    card = (checkpoint.parent / "model_card.md").read_text()
+    assert "ants, bees" in card and "| full | all | 8 | 0.003 |" in card and "[3, 32, 32]" in card
+
+
+def test_explain__without_a_checkpoint_or_a_config_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({}, tmp_path / "alone.ckpt")
+    for arguments, says in (
+        ([], "--ckpt_path FILE"),
+        (["--ckpt_path", str(tmp_path / "alone.ckpt")], "no config.yaml"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["explain", *arguments])
+        assert says in capsys.readouterr().err
+
+
+def test_error_report__serves_any_module_and_needs_tta(tmp_path: Path) -> None:
+    class Tested(UserModule):
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("test_loss", torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+    loader = DataLoader(random_images(), batch_size=8)
+    with pytest.raises(MisconfigurationException, match=r"add TTAEval\(\)"):
+        quiet_trainer([ErrorReport()]).test(Tested(), loader)
+    report, module = ErrorReport(num_photos=4), Tested()
+    runner = quiet_trainer([TTAEval(figure=False), report], logger=True, default_root_dir=str(tmp_path))
+    runner.test(module, loader)
+    (page,) = report.pages
+    assert page.read_text().count("data:image/jpeg;base64,") == 4
+    module.eval()
+    images, labels = random_images()[:]
+    with torch.no_grad():
+        guess = module.net(images).argmax(1)
+    with (page.parent / "samples.csv").open(newline="") as file:
+        found = {int(row["file"]): row for row in csv.DictReader(file)}
+    assert [found[i]["guess"] for i in range(24)] == [str(int(g)) for g in guess]
+    assert [found[i]["truth"] for i in range(24)] == [str(int(label)) for label in labels]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("file_format", ["onnx", "pt2"])
+def test_export__gives_the_probabilities_of_the_checkpoint_from_unnormalised_images(
+    file_format: str, several: bool, tmp_path: Path
+) -> None:
+    size = {"num_labels" if several else "num_classes": 5}
+    module = TransferClassifier("digits_resnet", **size)
+    module.class_names = ["five", "six", "seven", "eight", "nine"]
+    runner = quiet_trainer([], max_epochs=1)
+    runner.strategy.connect(module)
+    runner.save_checkpoint(tmp_path / "model.ckpt")
+    main(["export", "--ckpt_path", str(tmp_path / "model.ckpt"), "--format", file_format])
+    images = torch.rand(4, 1, 32, 32)
+    with torch.no_grad():
+        logits = module.eval()((images - 0.3) / 0.35)  # the backbone's own mean and std
+    expected = logits.sigmoid() if several else logits.softmax(1)
+    path = tmp_path / f"model.{file_format}"
+    if file_format == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(path)
+        (found,) = session.run(["probabilities"], {"images": images.numpy()})
+        facts = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+        assert facts["class_names"] == module.class_names
+    else:
+        extra = {"facts.json": ""}
+        found = torch.export.load(path, extra_files=extra).module()(images).detach().numpy()
+        assert json.loads(extra["facts.json"])["class_names"] == module.class_names
+    assert torch.allclose(torch.from_numpy(found), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--ckpt_path", "x.ckpt", "--format", "tflite"], ["--ckpt", "x"]])
+def test_export__says_what_it_takes(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", *arguments])
+    assert "give --ckpt_path FILE" in capsys.readouterr().err
