@@ -20,7 +20,10 @@ from lightning_unfreeze.cli import main
 from tests.conftest import UserModule, quiet_trainer, random_images
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*tensorboardX.*", "ignore:Checkpoint directory .* exists", "ignore:.*smaller than the logging interval"
+    "ignore:The dirpath has changed",
+    "ignore:.*tensorboardX.*",
+    "ignore:Checkpoint directory .* exists",
+    "ignore:.*smaller than the logging interval",
 )
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 
