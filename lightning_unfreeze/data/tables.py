@@ -127,7 +127,9 @@ def find_in_tables(
     there = list(rows[0][2])
     named, known = _columns(source, there, columns or {}, group_column)
     cells = [[_text(row.get(column)) for column in named["label"]] for _, _, row in rows]
-    if named["label"] and named["label"][0] not in known and not _are_labels(cells):
+    # `metadata` is often about something else: authors, licences, captions
+    guessed = bool(named["label"]) and named["label"][0] not in known
+    if guessed and (source.stem == "metadata" or not _are_labels(cells)):
         named["label"] = []
     if not named["file"] or not named["label"]:
         if columns or group_column:

@@ -300,3 +300,74 @@ def test_epoch_batch_sampler__batches_are_its_lists_as_tensors(num, first, drop_
     sampler.first_sample = first
     assert [batch.tolist() for batch in sampler.batches()] == lists
     assert sampler.first_sample == 0
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def weighted(num: int = 1000, **kwargs: Any) -> EpochSampler:
+    weights = torch.ones(num, dtype=torch.float64)
+    weights[: num // 10] = 9.0  # a tenth of the samples, half of the weight
+    return EpochSampler(range(num), weights=weights, **kwargs)  # type: ignore[arg-type]
+
+
+def test_weights__samples_are_drawn_in_their_proportion() -> None:
+    shares = []
+    sampler = weighted()
+    for epoch in range(20):
+        sampler.set_epoch(epoch)
+        drawn = list(sampler)
+        assert len(drawn) == 1000
+        shares.append(sum(index < 100 for index in drawn) / 1000)
+    assert abs(sum(shares) / 20 - 0.5) < 4 * (0.25 / 20000) ** 0.5  # four standard errors
+    assert len(set(shares)) > 1
+
+
+def test_weights__a_weight_of_zero_is_never_drawn() -> None:
+    weights = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0])
+    sampler = EpochSampler(range(5), weights=weights)  # type: ignore[arg-type]
+    drawn = set()
+    for epoch in range(50):
+        sampler.set_epoch(epoch)
+        drawn |= set(sampler)
+    assert drawn == {1, 3}
+
+
+def test_weights__ranks_share_the_draws_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = list(weighted(99, seed=3))
+    parts = []
+    for rank in range(2):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        parts.append(list(weighted(99, seed=3)))
+    assert [index for pair in zip(*parts, strict=True) for index in pair] == [*whole, whole[0]]
+
+
+def test_weights__each_draw_of_a_sample_is_augmented_in_a_way_of_its_own() -> None:
+    class Drawing(Dataset[Any]):
+        def __getitem__(self, index: int) -> tuple[int, float]:
+            return index, torch.rand(1).item()
+
+        def __len__(self) -> int:
+            return 50
+
+    data = KeyedDataset(Drawing(), seed=0)
+    loader = ResumableLoader(data, batch_size=10, sampler=EpochSampler(data, weights=torch.arange(50.0)))
+    seen = [pair for indices, draws in loader for pair in zip(indices.tolist(), draws.tolist(), strict=True)]
+    assert len({index for index, _ in seen}) < len(seen) == len(set(seen))
+    state, rest = None, []
+    for i, (indices, draws) in enumerate(loader):
+        if i == 1:
+            state = loader.state_dict()
+        if i > 1:
+            rest += list(zip(indices.tolist(), draws.tolist(), strict=True))
+    resumed = ResumableLoader(data, batch_size=10, sampler=EpochSampler(data, weights=torch.arange(50.0)))
+    resumed.load_state_dict(state)  # type: ignore[arg-type]
+    assert [p for indices, draws in resumed for p in zip(indices.tolist(), draws.tolist(), strict=True)] == rest
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0, 1.0], [0.0, 0.0, 0.0], [1.0, float("nan"), 1.0]])
+def test_weights__that_are_no_shares_are_refused(weights: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"weights of shape .*: give 3 numbers"):
+        EpochSampler(range(3), weights=torch.tensor(weights))  # type: ignore[arg-type]

@@ -303,3 +303,118 @@ def test_quickstart__fits_validates_tests_and_predicts() -> None:
     assert probs.shape == (len(data.dataset("test")), 5)
     accuracy = (probs.argmax(1) == torch.tensor(data.dataset("test").targets)).float().mean()
     assert tested["test_acc"] == pytest.approx(accuracy.item())
+
+
+# --- what the network takes, and what a classifier asks ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("channels", "mean"), [(1, [0.449]), (4, [0.485, 0.456, 0.406, 0.485])])
+def test_data_config__has_the_channels_of_the_network(channels: int, mean: list[float], tmp_path: Path) -> None:
+    class Net(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = timm.create_model("test_resnet", num_classes=2, in_chans=channels)
+            vars(self)["data_config"] = {"input_size": (3, 16, 16), "mean": (0.485, 0.456, 0.406), "std": (0.2,) * 3}
+
+    data = ImageFolderData(str(folder(tmp_path, {"a": 3, "b": 3})))
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    data.trainer = trainer
+    trainer.strategy.connect(Net())
+    data.setup("fit")
+    assert data.in_chans == channels
+    assert data.data_config["mean"] == pytest.approx(mean)
+    images, _ = next(iter(data.train_dataloader()))
+    assert images.shape[1:] == (channels, 16, 16)
+    assert Net().net(images).shape == (len(images), 2)
+
+
+def test_image_size__is_that_of_the_loaders_asked_for_afterwards(tmp_path: Path) -> None:
+    data = ready(folder(tmp_path, {"a": 6, "b": 6}), batch_size=4, image_size_px=24)
+
+    def shape() -> list[int]:
+        return list(next(iter(data.train_dataloader()))[0].shape)
+
+    assert shape() == [4, 3, 24, 24]
+    data.set_image_size(16, batch_size=8)
+    assert shape() == [8, 3, 16, 16]
+    assert next(iter(data.val_dataloader()))[0].shape[-1] == 16
+    data.set_image_size(None)
+    assert shape() == [4, 3, 24, 24]
+    for wrong in ({"px": 0}, {"px": 8, "batch_size": 0}):
+        with pytest.raises(ValueError, match=r"(image_size_px|batch_size)=0: give 1 or more"):
+            data.set_image_size(**wrong)
+
+
+def test_sampler__balanced_shows_every_class_as_often(tmp_path: Path) -> None:
+    root = folder(tmp_path, {"train/a": 90, "train/b": 8, "train/c": 2, "val/a": 1})
+    data = ready(root, batch_size=50, image_size_px=8, sampler="balanced")
+    assert (data.class_counts, data.num_train_images) == ([90, 8, 2], 100)
+    loader, seen = data.train_dataloader(), []
+    for epoch in range(6):
+        loader.sampler.set_epoch(epoch)
+        seen += [label for _, labels in loader for label in labels.tolist()]
+    assert len(seen) == 600
+    for label in range(3):
+        assert abs(seen.count(label) / 600 - 1 / 3) < 4 * (2 / 9 / 600) ** 0.5  # four standard errors
+
+
+def test_predict__a_broken_file_is_left_out_and_named(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"Skipped 2 of 10 files .*a/01\.png \(no image that Pillow knows\)"):
+        data = ready(Path("not/needed"), "predict", predict_dir=str(broken(tmp_path)))
+    assert len(data.paths("predict")) == 8
+    assert {path.name for path in data.broken} == {"01.png", "03.png"}
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"max_pixels": 0},
+        {"value_range": (5, 5)},
+        {"classes": ["a"]},
+        {"classes": ["a", "a"]},
+        {"sampler": "x"},
+        {"cache": "x"},
+    ],
+)
+def test_arguments__of_finding_and_reading_are_refused_by_name(kwargs: dict[str, Any]) -> None:
+    (name, _), *_ = kwargs.items()
+    with pytest.raises(ValueError, match=f"{name}=.*: give"):
+        ImageFolderData("root", **kwargs)
+    with pytest.raises(ValueError, match="no colour"):
+        ImageFolderData("root", background="no colour")
+
+
+SETS = Path(__file__).parents[3] / "shared" / "data"
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "end"),
+    [
+        ("ants_bees", "2 classes (ants, bees); photos: 244 train, 153 val, no test", "no exact copies across splits"),
+        ("monkeys10", "10 classes (n0, n1, n2, n3, n4 and 5 more); photos: 979 train, 268 val, no test", "splits"),
+        (
+            "flowers5",
+            "5 classes (daisy, dandelion, rose, sunflower, tulip); photos: 1000 train, 431 val, 1298 test",
+            ")",
+        ),
+        (
+            "rsscn7",
+            "7 classes (field, forest, grass, industry, parking and 2 more); photos: 1120 train, 280 val",
+            "splits",
+        ),
+        (
+            "dtd10",
+            "10 classes (banded, blotchy, braided, bubbly, bumpy and 5 more); photos: 600 train, 200 val",
+            "splits",
+        ),
+    ],
+)
+def test_found__says_what_the_real_sets_hold(name: str, start: str, end: str) -> None:
+    if not (SETS / name).is_dir():
+        pytest.skip(f"no {name} beside the project")
+    data = ImageFolderData(str(SETS / name))
+    data.setup("fit")
+    assert data.found is not None
+    assert data.found.startswith(f"root={str(SETS / name)!r}: {start}")
+    assert data.found.endswith(end)
+    assert ("2 exact copies across splits" in data.found) == (name == "flowers5")

@@ -251,7 +251,9 @@ def test_module__a_table_without_labels_leaves_the_folders_to_say_them(tmp_path:
     for name in ("a/1.png", "a/2.png", "b/1.png", "b/2.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (8, 8), (len(name), ord(name[0]), ord(name[2]))).save(tmp_path / name)
-    (tmp_path / "metadata.csv").write_text("file_name,caption,price\na/1.png,an image,12.5\n")
+    (tmp_path / "metadata.csv").write_text(
+        "file_name,licence\na/1.png,mine\na/2.png,mine\nb/1.png,free\nb/2.png,free\n"
+    )
     data = ImageFolderData(str(tmp_path))
     data.setup("fit")
     assert data.class_names == ["a", "b"]
