@@ -210,3 +210,45 @@ def test_transform__a_strip_gives_the_middle_that_timm_gives() -> None:
     timms = timm.data.create_transform(**config, is_training=False)(strip)
     assert (make_transform(config)(strip) - timms).abs().mean() < 0.02
     assert timms.std() > 0.3
+
+
+SETS = Path(__file__).parents[3] / "shared" / "data"
+
+
+def test_decode__turned_copies_are_classified_like_the_upright_photos(tmp_path: Path) -> None:
+    """Pooled features of real weights and a logistic head, ants and bees in all orientations."""
+    weights = SETS / "weights" / "mobilenetv2_035.keras_in1k.safetensors"
+    if not weights.is_file():
+        pytest.skip("no photos and weights beside the project")
+    from sklearn.linear_model import LogisticRegression
+
+    overlay = {"file": str(weights), "num_classes": -1}
+    network = timm.create_model(
+        *("mobilenetv2_035", True), pretrained_cfg_overlay=overlay, num_classes=0, pad_type="same", bn_eps=1e-3
+    ).eval()
+    config = {
+        "input_size": (3, 96, 96),
+        "mean": (0.5,) * 3,
+        "std": (0.5,) * 3,
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+    }
+    transform = make_transform(config)
+
+    def features(read: Callable[[Path], Image.Image], files: list[Path]) -> Any:
+        with torch.inference_mode():
+            return network(torch.stack([transform(read(file)) for file in files])).numpy()
+
+    files = {split: sorted((SETS / "ants_bees" / split).rglob("*.jpg"))[::2] for split in ("train", "val")}
+    labels = {split: [file.parent.name for file in some] for split, some in files.items()}
+    head = LogisticRegression(max_iter=2000).fit(features(decode, files["train"]), labels["train"])
+    upright = features(decode, files["val"])
+    turned = []
+    for i, file in enumerate(files["val"]):
+        exif, turn = Image.Exif(), odd_files.ORIENTATIONS[1 + i % 8]
+        exif[0x0112] = 1 + i % 8
+        stored = decode(file) if turn is None else decode(file).transpose(turn)
+        turned.append(tmp_path / f"{i}.png")
+        stored.save(turned[-1], exif=exif, compress_level=0)
+    accuracy = head.score(upright, labels["val"])
+    assert head.score(features(decode, turned), labels["val"]) == accuracy > 0.7
