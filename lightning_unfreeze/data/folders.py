@@ -204,7 +204,7 @@ def find_in_folders(root: Path, rules: Rules, classes: Sequence[str] | None = No
             if classes is None or name in classes
         }
         for listing in (listing for some_listings in listings.values() for listing in some_listings):
-            left_out += listing.left_out
+            left_out.update(listing.left_out)
         loose = [entry for entry in rules.entries(folder) if rules.is_photo(entry)]
         if not listings and not (split == "train" and classes):
             lying = f"{folder} has no class folders, it holds {what_lies_in(folder, rules)}"

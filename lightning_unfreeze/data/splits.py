@@ -42,7 +42,7 @@ def draw_validation(photos: Sequence[Photo], fraction: float, seed: int) -> tupl
     total: Counter[str] = Counter()
     with_class: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        total += counts[name]
+        total.update(counts[name])  # `+=` would look at all classes each time
         for label in counts[name]:
             with_class[label].append(name)
     single = [label for label, number in total.items() if number < 2]
@@ -54,7 +54,7 @@ def draw_validation(photos: Sequence[Photo], fraction: float, seed: int) -> tupl
     chosen = {name for name in names if places[name] < fraction}
     on_side = {True: Counter[str](), False: Counter[str]()}
     for name in names:
-        on_side[name in chosen] += counts[name]
+        on_side[name in chosen].update(counts[name])
     # first a training photo for each class, then a validation photo where that leaves one for training
     for to_val in (False, True):
         here, there = on_side[to_val], on_side[not to_val]
