@@ -12,7 +12,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from lightning_unfreeze.stages.plan import MAX_STAGE_EPOCHS, Stage
+from lightning_unfreeze.stages.cycles import MAX_STAGE_EPOCHS
+from lightning_unfreeze.stages.plan import Stage
 from lightning_unfreeze.stages.progress import Progress
 
 

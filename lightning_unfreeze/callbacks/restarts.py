@@ -1,48 +1,63 @@
-"""`CosineRestarts`: the learning rate of every optimizer step, restarts, snapshots, and "until over-fitting"."""
+"""`CosineRestarts`: the learning rate of every optimizer step, restarts, snapshots, and when a stage has had enough."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from fractions import Fraction
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateFinder, StochasticWeightAveraging
-from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from lightning.pytorch.callbacks import (
+    Callback,
+    Checkpoint,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_unfreeze.callbacks.base import StageCallback
+from lightning_unfreeze.callbacks.base import StageCallback, conductor, players
+from lightning_unfreeze.inside_lightning.distributed import broadcast_buffers
+from lightning_unfreeze.inside_lightning.metrics import pin_callback_metrics, unpin_callback_metrics
+from lightning_unfreeze.inside_lightning.weights import (
+    KeptWeights,
+    keep_weights,
+    load_weights,
+    put_weights_back,
+    save_weights,
+)
 from lightning_unfreeze.layers.param_groups import scale_lr
 from lightning_unfreeze.reporting import is_due_to_log, report_dir
-from lightning_unfreeze.stages.plan import Stage, as_fraction, cycles_sum
-from lightning_unfreeze.stages.schedules import (
-    cosine_restarts,
-    cycle_at,
-    cycling_momentum,
-    first_steps_warmup,
-    one_cycle,
-    slanted_triangle,
-)
+from lightning_unfreeze.stages.cycles import Course, as_fraction, cycle_at
+from lightning_unfreeze.stages.plan import Stage
+from lightning_unfreeze.stages.schedules import Shape, cycling_momentum
+from lightning_unfreeze.stages.until import Judge, Mode, direction, find_monitor
+from lightning_unfreeze.tta.ensemble import AveragedForward
 
-_MORE_IS_BETTER, _LESS_IS_BETTER = ("acc", "f1", "auc", "auroc"), ("loss", "error")
+_Time = Fraction | float
 
 
 class CosineRestarts(StageCallback):
-    """Writes `lr = peak_lr * multiplier(step)` before each optimizer step; a pure function of stage and step.
+    """Writes `lr = peak_lr * multiplier` before each optimizer step; a pure function of the stage and the place in it.
 
     Sole writer of the `lr` of the param groups during a stage. The peak of a group (`param_group["peak_lr"]`) is that
-    of the stage's `lr` and `lr_span`, of the range test, or, without stages, of the optimizer. A stage without
-    `cycle_len` keeps its rates constant, as fast.ai's `fit` did. Cycles are counted in optimizer steps with fractions,
-    so restarts are exact (SGDR, Loshchilov & Hutter 2017, section 3); every stage starts anew at its peak. The last
-    cycle of a stage is stretched to the end of its epoch where the cycles end inside one.
+    of the stage's `lr` and its ratios, of the range test, or, without stages, of the optimizer. A stage without
+    `cycle_len` keeps its rates constant, as fast.ai's `fit` did. Restarts are exact (SGDR, Loshchilov & Hutter 2017,
+    section 3): the place is counted in whole epochs, and within one in its optimizer steps, so a skipped batch or a
+    loader that changes its length moves no later cycle. Every stage starts anew at its peak. The last cycle of a stage
+    is stretched to the end of its epoch where the cycles end inside one.
 
     A stage with `until="overfit"` is judged at its cycle ends only, where rates are comparable: it ends when the
-    monitored value did not improve by `min_delta` over the last full cycle (two cycles at least), and goes back to the
-    weights of the best cycle end. The best weights are part of the checkpoint while such a stage runs.
+    monitored value did not improve by `min_delta` over the last full cycle (two cycles at least). One with
+    `until="plateau"` is judged at every validation, and ends after `patience_epochs` epochs without improvement. Both
+    go back to their best: weights, the optimizer's moments, Lightning's `WeightAveraging` beside them, and the metrics
+    that other callbacks read, before a checkpoint of that epoch is written. Where the stage made nothing better than
+    what it started from, that one is given back. The best weights are part of the checkpoint while such a stage runs.
 
     Args:
         shape: Of each cycle: `"cosine"`, ULMFiT's `"slanted_triangle"`, or `"one_cycle"` (a cosine rise and fall).
@@ -56,9 +71,11 @@ class CosineRestarts(StageCallback):
         snapshots: Save the weights at each cycle end, as `snapshots/{stage}-cycle{n}.ckpt` beside the checkpoints.
         ensemble: In `test`, average the class probabilities over the snapshots: `forward` of the module then returns
             the log of the mean probability.
-        monitor: Value logged in validation that judges over-fitting.
-        mode: Whether less or more of it is better; `"auto"` tells by "loss", "error", "acc", "f1" or "auc" in its name.
-        min_delta: Least improvement over a cycle that counts.
+        monitor: Value logged in validation that `until` is judged by. None takes the module's own attribute `monitor`
+            where it has one, else the validation loss under whatever name it is logged.
+        mode: Whether less or more of it is better; `"auto"` tells by "loss", "error", "acc", "f1" or the like in its
+            name.
+        min_delta: Least improvement that counts.
 
     Raises:
         ValueError: For a value outside of its range.
@@ -79,18 +96,14 @@ class CosineRestarts(StageCallback):
         momentum: tuple[float, float] | None = None,
         snapshots: bool = False,
         ensemble: bool = False,
-        monitor: str = "val_loss",
+        monitor: str | None = None,
         mode: Literal["auto", "min", "max"] = "auto",
         min_delta: float = 0.0,
     ) -> None:
-        if shape not in ("cosine", "slanted_triangle", "one_cycle"):
-            raise ValueError(f"shape={shape!r} is not 'cosine', 'slanted_triangle' or 'one_cycle'")
-        if shape != "cosine" and (floor or warmup):
-            raise ValueError(f"floor={floor} and warmup={warmup} shape cosine cycles; shape={shape!r} has its own")
+        self.shape = Shape(shape, floor, decay, warmup, first_steps_warmup)
         if mode not in ("auto", "min", "max"):
             raise ValueError(f"mode={mode!r} is not 'auto', 'min' or 'max'")
-        known = any(part in monitor.lower() for part in (*_LESS_IS_BETTER, *_MORE_IS_BETTER))
-        if mode == "auto" and not known:
+        if monitor is not None and mode == "auto" and direction(monitor) is None:
             raise ValueError(
                 f"monitor={monitor!r}: its name does not tell whether less is better; set mode='min' or 'max'"
             )
@@ -100,28 +113,33 @@ class CosineRestarts(StageCallback):
             raise ValueError(f"momentum={momentum} has to be (low, high) with 0 <= low <= high < 1")
         if ensemble and not snapshots:
             raise ValueError("ensemble=True averages over snapshots; set snapshots=True too")
-        first_len = 1.0 if cycle_len is None else cycle_len
-        cosine_restarts(0.0, first_len, cycle_mult, floor=floor, decay=decay, warmup=warmup)  # refuses what it cannot
-        self.shape = shape
+        cycle_at(0, 1 if cycle_len is None else cycle_len, cycle_mult)  # refuses what is no length
         self.cycle_len, self.cycle_mult = cycle_len, cycle_mult
-        self.floor, self.decay, self.warmup, self.first_steps_warmup = floor, decay, warmup, first_steps_warmup
         self.momentum = momentum
         self.save_snapshots, self.ensemble = snapshots, ensemble
-        self.monitor, self.min_delta = monitor, min_delta
-        falls = mode == "min" or (mode == "auto" and any(part in monitor.lower() for part in _LESS_IS_BETTER))
-        self.mode: Literal["min", "max"] = "min" if falls else "max"
+        self.min_delta = min_delta
+        self._asked_monitor, self._asked_mode = monitor, mode
+        self._averaged: AveragedForward | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """As before any fit."""
+        self.monitor = self._asked_monitor
+        self.mode: Mode = self._direction(self.monitor or "loss")
         self.snapshots: list[Path] = []
         self.cycle_values: dict[str, list[float]] = {}
-        self._best_weights: dict[str, Tensor] | None = None
+        self._judges = False
+        # what the present weights scored in validation, and after which optimizer step
         self._value: float | None = None
-        # of the present stage, in optimizer steps, exact: the first cycle (None: no cycles), the last one, the end
-        self._first_len: Fraction | None = None
-        self._mult = Fraction(1)
-        self._last_start: tuple[int, Fraction] | None = None
-        self._total_steps: float = math.inf
+        self._value_step = -1
+        self._judge: Judge | None = None
+        self._best: KeptWeights | None = None
+        self._course: Course | None = None  # of the present stage; None without cycles
+        self._cycle: int | None = None  # that is running; None between the end of the last one and the next stage
+        self._epoch_step = 0  # the optimizer step that the present epoch began with
+        self._steps = 1  # optimizer steps of an epoch
         self._last_step = -1
-        self._factor: tuple[int, float] | None = None
-        self._forward_calls = 0
+        self._factor: tuple[_Time, float] | None = None
 
     # --- before training -------------------------------------------------------------------------------------------
 
@@ -129,8 +147,10 @@ class CosineRestarts(StageCallback):
         """Refuses a second writer of the rates; forgets an earlier fit (a checkpoint's state is loaded after this)."""
         if stage != "fit":
             return
-        self.snapshots, self.cycle_values, self._best_weights, self._value = [], {}, None, None
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
+        self._forget()
+        unpin_callback_metrics(trainer)
+        callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
+        for other in callbacks:
             if isinstance(other, LearningRateFinder | StochasticWeightAveraging):
                 raise MisconfigurationException(
                     f"{type(other).__name__} and CosineRestarts would both write the learning rates; keep one of them"
@@ -140,9 +160,12 @@ class CosineRestarts(StageCallback):
                     "GradientAccumulationScheduler changes the number of optimizer steps of an epoch, and cycles are "
                     "counted in steps; use Trainer(accumulate_grad_batches=...)"
                 )
+        # after all who look at a validation, before checkpoints are written; a new list: Lightning goes through the old
+        place = next((i for i, other in enumerate(callbacks) if isinstance(other, Checkpoint)), len(callbacks))
+        trainer.callbacks = [*callbacks[:place], _GoesBack(self), *callbacks[place:]]  # type: ignore[attr-defined]
 
     def preflight(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stages: Sequence[Stage]) -> None:
-        """Refuses a scheduler of the module, by name, and what cannot be cycled or saved."""
+        """Refuses a scheduler of the module, what cannot be cycled or saved, and `until` without its validation."""
         schedulers = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
         if schedulers:
             raise MisconfigurationException(
@@ -163,87 +186,98 @@ class CosineRestarts(StageCallback):
                 "CosineRestarts(snapshots=True) saves beside the checkpoints, and this Trainer has neither checkpoints "
                 "nor a logger; set enable_checkpointing=True or snapshots=False"
             )
+        judged = [stage for stage in stages if stage.until is not None]
+        self._judges = bool(judged)
+        for stage in judged:
+            _need_validation(trainer, stage)
+        if judged and self._asked_monitor is None and isinstance(getattr(pl_module, "monitor", None), str):
+            mode = getattr(pl_module, "mode", None)
+            self._judge_by(str(pl_module.monitor), mode if mode in ("min", "max") else None)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuses `until` without a validation where it is judged: the number of batches is known now."""
+        for stage in conductor(trainer).plan(trainer):
+            if stage.until == "overfit":
+                _need_validation_at_epoch_end(trainer, stage)
 
     def on_stage_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
         """Lays out the cycles of the stage, and writes the rates of its first step."""
         if self.run is None:
             return
         self._last_step = trainer.global_step
+        if trainer.global_step == self.run.start_step or self._epoch_step < self.run.start_step:
+            self._epoch_step = trainer.global_step
+        self._count_steps(trainer)
         self._lay_out_cycles(trainer, stage)
-        if stage.until is not None:
-            _need_validation_at_epoch_end(trainer, stage)
+        if self.run.resumed and self._judge is not None:
+            self._judge.values = self.cycle_values.setdefault(stage.name, self._judge.values)
         if not self.run.resumed:
-            self._best_weights = self._value = None
+            self._best, self._judge = None, None
             self.cycle_values.pop(stage.name, None)  # of the plan before, where the stage was restaged
-        self._write(trainer)
+            if stage.until is not None:
+                self._judge = Judge(stage.until, self.mode, self.min_delta, stage.patience_epochs)
+                if self._value is not None and self._value_step == trainer.global_step:
+                    self._judge.started_from(self._value)
+                    self._keep(trainer, pl_module)
+        self._cycle = None if self._course is None else self._course.running(self._place(trainer, to_come=True))
+        self._write(trainer, to_come=True)
 
     # --- the schedule ----------------------------------------------------------------------------------------------
 
+    def _count_steps(self, trainer: pl.Trainer) -> None:
+        if not math.isinf(trainer.num_training_batches):
+            # Lightning also steps at the last batch of an epoch, where the accumulation window is not full
+            self._steps = -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
+
     def _lay_out_cycles(self, trainer: pl.Trainer, stage: Stage) -> None:
-        self._first_len, self._last_start, self._total_steps, self._factor = None, None, math.inf, None
+        self._course, self._factor = None, None
         planned = self.run is not None and self.run.planned
         if planned and stage.cycle_len is None:
             return
-        batches = trainer.num_training_batches
-        if math.isinf(batches):
+        if math.isinf(trainer.num_training_batches):
             raise MisconfigurationException(
                 "the training data has no length, so cycles cannot be counted in epochs; set "
                 "Trainer(limit_train_batches=...) to the number of batches of an epoch"
             )
-        # Lightning also steps at the last batch of an epoch, where the accumulation window is not full
-        epoch_steps = -(-int(batches) // trainer.accumulate_grad_batches)
-        if planned:
-            self._first_len, self._mult = as_fraction(stage.cycle_len or 1) * epoch_steps, as_fraction(stage.cycle_mult)
-            before_last = cycles_sum(stage.cycle_len or 1, stage.cycle_mult, stage.num_cycles - 1)
-            self._last_start = stage.num_cycles - 1, before_last * epoch_steps
-            self._total_steps = stage.num_epochs * epoch_steps
+        if planned and stage.cycle_len is not None:
+            self._course = Course.planned(stage.cycle_len, stage.cycle_mult, stage.num_cycles)
             return
-        self._total_steps = trainer.estimated_stepping_batches
-        if self.cycle_len is None:
-            if math.isinf(self._total_steps):
-                raise MisconfigurationException(
-                    "CosineRestarts() makes the whole fit one cycle, and this fit has no end; set "
-                    "Trainer(max_epochs=...), or CosineRestarts(cycle_len=...)"
-                )
-            self._first_len, self._last_start = Fraction(int(self._total_steps)), (0, Fraction(0))
-            return
-        self._first_len, self._mult = as_fraction(self.cycle_len) * epoch_steps, as_fraction(self.cycle_mult)
-        if not math.isinf(self._total_steps):
-            self.cycle(int(self._total_steps))  # refuses cycles that shrink to nothing before the end of the fit
-
-    def cycle(self, step: int) -> tuple[int, float, float] | None:
-        """The cycle of optimizer step `step` of the stage: index, first step, length in steps; None without cycles."""
-        if self._first_len is None:
-            return None
-        if self._last_start is not None and step >= self._last_start[1]:
-            index, start = self._last_start
-            return index, float(start), float(self._total_steps - start)
-        return cycle_at(step, self._first_len, self._mult)
-
-    def multiplier(self, step: int) -> float:
-        """Multiplier of the peak rate at optimizer step `step` of the present stage, both from 0."""
-        cycle = self.cycle(step)
-        if cycle is None:
-            return 1.0
-        index, start, length = cycle
-        t = step - start
-        if self.shape == "slanted_triangle":
-            value = slanted_triangle(t, length)
-        elif self.shape == "one_cycle":
-            value = one_cycle(t, length)
+        steps = trainer.estimated_stepping_batches
+        total = steps if math.isinf(steps) else Fraction(int(steps), self._steps)
+        if self.cycle_len is not None:
+            self._course = Course(as_fraction(self.cycle_len), as_fraction(self.cycle_mult), total)
+            if not math.isinf(total):
+                self._course.at(total)  # refuses cycles that shrink to nothing before
+        elif isinstance(total, Fraction):
+            self._course = Course(total, total=total, last=(0, Fraction(0)))
         else:
-            # the end of the last cycle is no restart
-            value = cosine_restarts(t, length, floor=self.floor, warmup=self.warmup) if t < length else self.floor
-        if self.first_steps_warmup and index == 0:
-            value = first_steps_warmup(t, value, length)
-        return float(value * self.decay**index)
+            raise MisconfigurationException(
+                "CosineRestarts() makes the whole fit one cycle, and this fit has no end; set "
+                "Trainer(max_epochs=...), or CosineRestarts(cycle_len=...)"
+            )
 
-    def _write(self, trainer: pl.Trainer) -> None:
+    def _place(self, trainer: pl.Trainer, *, to_come: bool) -> Fraction:
+        """Epochs of the stage that are done; for a step `to_come` never past the epoch that it belongs to."""
+        if self.run is None:
+            return Fraction(0)
+        done = min(trainer.global_step - self._epoch_step, self._steps - 1 if to_come else self._steps)
+        return trainer.current_epoch - self.run.start_epoch + Fraction(done, self._steps)
+
+    def multiplier(self, place: float | Fraction) -> float:
+        """Multiplier of the peak rate at a place in the present stage, in epochs from its start."""
+        if self._course is None:
+            return 1.0
+        index, start, length = self._course.at(place)
+        # in steps: a triangle's cut is a whole number of them
+        t = float((as_fraction(place) - as_fraction(start)) * self._steps)
+        return self.shape.multiplier(index, t, length * self._steps)
+
+    def _write(self, trainer: pl.Trainer, *, to_come: bool) -> None:
         if self.run is None:
             return
-        step = trainer.global_step - self.run.start_step
-        if self._factor is None or self._factor[0] != step:  # asked for at both ends of a batch
-            self._factor = step, self.multiplier(step)
+        place = self._place(trainer, to_come=to_come)
+        if self._factor is None or self._factor[0] != place:  # asked for at both ends of a batch
+            self._factor = place, self.multiplier(place)
         multiplier = self._factor[1]
         momentum = None if self.momentum is None else cycling_momentum(multiplier, *self.momentum)
         for group in trainer.optimizers[0].param_groups:
@@ -253,35 +287,57 @@ class CosineRestarts(StageCallback):
             elif momentum is not None:
                 group["momentum"] = momentum
 
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Counts the steps of the epoch from here; metrics are those of the loops again."""
+        self._note_scores(trainer)
+        unpin_callback_metrics(trainer)
+        self._epoch_step = trainer.global_step
+        self._count_steps(trainer)
+        self._write(trainer, to_come=True)
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Writes the rates of the step that this batch belongs to."""
-        self._write(trainer)
+        self._write(trainer, to_come=True)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves a snapshot after the last step of a cycle; writes the next rates, for callbacks that log them."""
-        if self.run is None or trainer.global_step == self._last_step:  # inside an accumulation window
+        """Says where a cycle ends; writes the next rates, for callbacks that log them."""
+        if self.run is None:
             return
-        self._last_step = trainer.global_step
-        to_log = is_due_to_log(trainer)
-        done = trainer.global_step - self.run.start_step
-        cycle = self.cycle(done - 1) if to_log or self.save_snapshots else None
-        if cycle is not None:
-            index, start, length = cycle
-            for logger in trainer.loggers if to_log else []:
-                progress = {"cycle": float(index), "cycle_progress": (done - start) / length}
-                logger.log_metrics(progress, step=trainer.global_step)
-            if self.save_snapshots and self._ends_cycle(done):
-                self._save_snapshot(trainer, f"{self.run.stage.name}-cycle{index + 1}.ckpt")
-        self._write(trainer)
+        place = self._place(trainer, to_come=False)
+        if trainer.global_step != self._last_step:  # not inside an accumulation window
+            self._last_step = trainer.global_step
+            self._log_progress(trainer, place)
+            self._write(trainer, to_come=False)
+        # a batch of the epoch may have been skipped: its end is the end
+        if trainer.is_last_batch:
+            place = Fraction(trainer.current_epoch + 1 - self.run.start_epoch)
+        self._note_cycle(trainer, pl_module, place)
 
-    def _ends_cycle(self, done: int) -> bool:
-        """Whether the stage's optimizer step number `done` (from 1) is the last one of its cycle."""
-        now, before = self.cycle(done), self.cycle(done - 1) if done else None
-        return now is not None and before is not None and (now[0] != before[0] or done == self._total_steps)
+    def _log_progress(self, trainer: pl.Trainer, place: Fraction) -> None:
+        before = place - Fraction(1, self._steps)  # the cycle of the step that is done, not of the one to come
+        if self._course is not None and is_due_to_log(trainer):
+            index, start, length = self._course.at(before)
+            progress = {"cycle": float(index), "cycle_progress": (float(place) - start) / length}
+            for logger in trainer.loggers:
+                logger.log_metrics(progress, step=trainer.global_step)
+
+    def _note_cycle(self, trainer: pl.Trainer, pl_module: pl.LightningModule, place: _Time) -> None:
+        """Tells of the end of the running cycle, where `place` is past it."""
+        if self.run is None or self._cycle is None or self._course is None:
+            return
+        running = self._course.running(place)
+        if running == self._cycle:
+            return
+        ended, self._cycle = self._cycle + 1, running
+        name = f"{self.run.stage.name}-cycle{ended}"
+        if self.save_snapshots:
+            self._save_snapshot(trainer, f"{name}.ckpt")
+        for player in players(trainer):
+            player.on_cycle_end(trainer, pl_module, self.run.stage, ended, name)
 
     def _save_snapshot(self, trainer: pl.Trainer, name: str) -> None:
         folder = report_dir(trainer)
@@ -289,57 +345,141 @@ class CosineRestarts(StageCallback):
             return
         # rank 0's, since ranks may number the folders of their loggers differently
         path = Path(trainer.strategy.broadcast(folder / "snapshots" / name))
-        trainer.save_checkpoint(path, weights_only=True)
+        save_weights(trainer, path)
         if path not in self.snapshots:
             self.snapshots.append(path)
 
-    # --- until over-fitting ----------------------------------------------------------------------------------------
+    # --- until a stage has had enough ------------------------------------------------------------------------------
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keeps the monitored value: a checkpoint of this validation is resumed without validating again."""
-        if self.run is None or self.run.stage.until is None or trainer.sanity_checking:
+        """Judges, and keeps what is the best so far."""
+        if not self._judges or trainer.state.fn != "fit":
             return
-        value = self._logged_value(trainer, self.run.stage).detach().float().to(trainer.strategy.root_device)
-        # one value, so one decision, on all ranks, also where the module logs without `sync_dist`
-        self._value = float(trainer.strategy.reduce(value, reduce_op="mean"))
+        self._find_monitor(trainer)
+        if trainer.sanity_checking or self.run is None:
+            return
+        value = self._logged_value(trainer)
+        self._value, self._value_step = value, trainer.global_step
+        stage, judge, epoch = self.run.stage, self._judge, trainer.current_epoch + 1 - self.run.start_epoch
+        if judge is None or value is None:
+            return
+        ends_epoch = trainer.is_last_batch
+        if judge.validated(value, epoch, ends_cycle=ends_epoch and _ends_cycle(stage, epoch)):
+            self._keep(trainer, pl_module)
+        self.cycle_values[stage.name] = judge.values
 
-    def _logged_value(self, trainer: pl.Trainer, stage: Stage) -> Tensor:
-        logged = trainer.callback_metrics
-        if self.monitor not in logged:
-            raise MisconfigurationException(
-                f"stage {stage.name!r}: until='overfit' looks at {self.monitor!r}, which validation did not log; "
-                f"logged are {sorted(logged)}; name one of them: CosineRestarts(monitor=...)"
-            )
-        return logged[self.monitor]
+    def _end_epoch_of(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, epoch: int) -> None:
+        """After the last validation of an epoch: back to the best, where the stage ends."""
+        if self._judge is None or self._judge.concluded:
+            return
+        self._judge.epoch_ended(epoch)
+        if self._judge.enough:
+            rank_zero_info(f"stage {stage.name!r} ends after {epoch} epochs: {self.monitor}: {self._judge.enough}")
+        if self._judge.enough or epoch == stage.num_epochs:
+            self._conclude(trainer, pl_module, stage)
+
+    def after_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Goes back to the best of a stage that ends with this validation."""
+        if self.run is not None and trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.is_last_batch:
+            epoch = trainer.current_epoch + 1 - self.run.start_epoch
+            self._end_epoch_of(trainer, pl_module, self.run.stage, epoch)
 
     def wants_to_end_stage(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> bool:
-        """At a cycle end: keeps the best weights, and says whether the last full cycle brought no improvement."""
-        if stage.until is None or self.run is None or not self._ends_cycle(trainer.global_step - self.run.start_step):
+        """Whether a stage with `until` has had enough."""
+        if self.run is None:
             return False
-        value = float(self._logged_value(trainer, stage)) if self._value is None else self._value
-        values = self.cycle_values.setdefault(stage.name, [])
-        best_before = (min if self.mode == "min" else max)(values) if values else None
-        values.append(value)
-        if best_before is None or self._gain(best_before, value) > 0:
-            self._best_weights = {
-                name: tensor.detach().cpu().clone() for name, tensor in pl_module.state_dict().items()
-            }
-        if best_before is None or self._gain(best_before, value) > self.min_delta:
+        epoch = trainer.current_epoch + 1 - self.run.start_epoch
+        self._note_cycle(trainer, pl_module, Fraction(epoch))  # where the epoch was cut short
+        if self._judge is None:
             return False
-        rank_zero_info(
-            f"stage {stage.name!r}: {self.monitor}={value:.5g} after cycle {len(values)} does not improve on "
-            f"{best_before:.5g} by more than {self.min_delta:g}; the stage ends, the best cycle end is restored"
-        )
-        return True
+        unseen = self._value is None or self._value_step != trainer.global_step
+        if stage.until == "overfit" and _ends_cycle(stage, epoch) and unseen:
+            rank_zero_warn(f"stage {stage.name!r}: the cycle end after {epoch} epochs was not validated")
+        self._end_epoch_of(trainer, pl_module, stage, epoch)
+        return bool(self._judge.enough)
 
-    def _gain(self, before: float, now: float) -> float:
-        return before - now if self.mode == "min" else now - before
+    def _keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        broadcast_buffers(trainer)
+        self._best = keep_weights(trainer, pl_module)
+        self._note_scores(trainer)
+        if self.run is not None:
+            for player in players(trainer):
+                player.on_weights_kept(trainer, pl_module, self.run.stage)
+
+    def _note_scores(self, trainer: pl.Trainer) -> None:
+        """What is known of the best weights; all of it is not before the end of their epoch."""
+        if self._best is not None and self._best.step == trainer.global_step:
+            logged = trainer.callback_metrics.items()
+            self._best.scores = {name: float(value) for name, value in logged if value.numel() == 1}
+
+    def _conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
+        """Goes back to the best of the stage, if that is not what the module is."""
+        best, judge = self._best, self._judge
+        if judge is None or self.run is None:
+            return
+        judge.concluded = True
+        if best is None or judge.best is None or best.step == trainer.global_step:
+            return
+        put_weights_back(trainer, pl_module, best)
+        pin_callback_metrics(trainer, best.scores)
+        self._value, self._value_step = judge.best, trainer.global_step
+        what = "is the model that it started from, as the stage made none better"
+        if best.step != self.run.start_step:
+            what = f"is that of optimizer step {best.step}"
+        rank_zero_info(
+            f"stage {stage.name!r}: its best, {self.monitor}={judge.best:.5g}, {what}; weights go back to it"
+        )
+        for player in players(trainer):
+            player.on_weights_restored(trainer, pl_module, stage)
 
     def on_stage_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
-        """Goes back to the best cycle end of a stage with `until`."""
-        if self._best_weights is not None and stage.until is not None:
-            pl_module.load_state_dict(self._best_weights)
-        self._best_weights = None
+        """Goes back to the best of a stage with `until` that was stopped inside."""
+        if self._judge is not None and not self._judge.concluded:
+            self._conclude(trainer, pl_module, stage)
+        self._best = self._judge = None
+
+    def _find_monitor(self, trainer: pl.Trainer) -> None:
+        """At the first validation that logs anything, the sanity check if it does: what `until` is judged by."""
+        logged = sorted(trainer.callback_metrics)
+        if self.monitor in logged or (trainer.sanity_checking and not logged):
+            return
+        # TTAEval logs its numbers in validations of the fit alone
+        if self.monitor is not None and trainer.sanity_checking and self.monitor.endswith(("_tta", "_plain")):
+            return
+        if self.monitor is not None and self._value_step >= 0:  # logged before, and not this time
+            return
+        found = find_monitor(logged) if self.monitor is None else None
+        if found is None:
+            asked = "the validation loss" if self.monitor is None else repr(self.monitor)
+            raise MisconfigurationException(
+                f"until='overfit' and until='plateau' look at {asked}, which validation did not log; logged are "
+                f"{logged}; name one of them: CosineRestarts(monitor=...)"
+            )
+        self._judge_by(found)
+        if found != "val_loss":
+            rank_zero_info(f"stages with `until` are judged by {found!r} ({self.mode} is better)")
+
+    def _judge_by(self, monitor: str, mode: Mode | None = None) -> None:
+        self.monitor, self.mode = monitor, mode or self._direction(monitor)
+
+    def _direction(self, monitor: str) -> Mode:
+        if self._asked_mode != "auto":
+            return self._asked_mode
+        found = direction(monitor)
+        if found is None:
+            raise MisconfigurationException(
+                f"stages with `until` are judged by {monitor!r}, whose name does not tell whether less is better; set "
+                "CosineRestarts(mode='min') or 'max'"
+            )
+        return found
+
+    def _logged_value(self, trainer: pl.Trainer) -> float | None:
+        logged = trainer.callback_metrics.get(self.monitor or "")
+        if logged is None:
+            return None
+        value = logged.detach().float().to(trainer.strategy.root_device)
+        # one value, so one decision, on all ranks, also where the module logs without `sync_dist`
+        return float(trainer.strategy.reduce(value, reduce_op="mean"))
 
     # --- ensemble --------------------------------------------------------------------------------------------------
 
@@ -353,25 +493,17 @@ class CosineRestarts(StageCallback):
                 f"ensemble=True averages over snapshots, {'there are none' if not missing else f'missing: {missing}'}; "
                 "fit with snapshots=True first, or test from a checkpoint of that run"
             )
-        device = trainer.strategy.root_device
-        states = [torch.load(path, map_location=device, weights_only=True)["state_dict"] for path in self.snapshots]
-        self._forward_calls = 0
-
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
-            self._forward_calls += 1
-            vars(pl_module).pop("forward")
-            try:
-                logits = [torch.func.functional_call(pl_module, state, args, kwargs) for state in states]
-            finally:
-                vars(pl_module)["forward"] = forward
-            log_probs = torch.stack([torch.log_softmax(view.float(), dim=-1) for view in logits])
-            return torch.logsumexp(log_probs, dim=0) - torch.log(torch.tensor(float(len(states)), device=device))
-
-        vars(pl_module)["forward"] = forward
+        states = [load_weights(path, trainer.strategy.root_device) for path in self.snapshots]
+        self._averaged = AveragedForward(pl_module, states)
+        self._averaged.install()
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes the averaging out again."""
-        if self.ensemble and vars(pl_module).pop("forward", None) and not self._forward_calls:
+        averaged, self._averaged = self._averaged, None
+        if averaged is None:
+            return
+        averaged.remove()
+        if not averaged.calls:
             raise MisconfigurationException(
                 "ensemble=True averages what the module's `forward` returns, and test_step never called self(x)"
             )
@@ -379,29 +511,77 @@ class CosineRestarts(StageCallback):
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Snapshots; for a stage with `until` the values at the cycle ends, the best weights and the last value."""
+        """Snapshots, values, and the best of a stage with `until`: all that is not a function of stage and step."""
         return {
             "snapshots": [str(path) for path in self.snapshots],
             "cycle_values": {name: list(values) for name, values in self.cycle_values.items()},
-            "best_weights": self._best_weights,
-            "value": self._value,
+            "best": None if self._best is None else asdict(self._best),
+            "judge": None if self._judge is None else asdict(self._judge),
+            "monitor": self.monitor,
+            "mode": self.mode,
+            **{name: getattr(self, name) for name in _PLAIN_STATE},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave."""
         self.snapshots = [Path(path) for path in state_dict["snapshots"]]
         self.cycle_values = {name: list(values) for name, values in state_dict["cycle_values"].items()}
-        self._best_weights, self._value = state_dict["best_weights"], state_dict["value"]
+        best, judge = state_dict["best"], state_dict["judge"]
+        self._best = None if best is None else KeptWeights(**best)
+        self._judge = None if judge is None else Judge(**judge)
+        if self._asked_monitor is None:
+            self.monitor, self.mode = state_dict["monitor"], state_dict["mode"]
+        for name in _PLAIN_STATE:
+            setattr(self, name, state_dict[name])
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leaves the module's `forward` and the Trainer's metrics as they were."""
+        self._leave(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leaves the module's `forward` as it was, also after an error."""
-        if self.ensemble and stage == "test":
-            vars(pl_module).pop("forward", None)
+        """Leaves the module's `forward` and the Trainer's metrics as they were."""
+        self._leave(trainer)
+        others = [other for other in trainer.callbacks if not isinstance(other, _GoesBack)]  # type: ignore[attr-defined]
+        trainer.callbacks = others  # type: ignore[attr-defined]
+
+    def _leave(self, trainer: pl.Trainer) -> None:
+        unpin_callback_metrics(trainer)
+        if self._averaged is not None:
+            self._averaged.remove()
+            self._averaged = None
+
+
+class _GoesBack(Callback):
+    """At the end of a stage's last validation, when all others have looked at it, and none has saved it yet."""
+
+    def __init__(self, restarts: CosineRestarts) -> None:
+        self.restarts = restarts
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.restarts.after_validation(trainer, pl_module)
+
+
+_PLAIN_STATE = ("_value", "_value_step", "_epoch_step", "_cycle")
+
+
+def _ends_cycle(stage: Stage, epoch: int) -> bool:
+    return any(end == epoch for end in accumulate(stage.cycle_epochs))
+
+
+def _need_validation(trainer: pl.Trainer, stage: Stage) -> None:
+    asked = f"stage {stage.name!r}: until={stage.until!r} judges by validation"
+    if trainer.barebones:
+        raise MisconfigurationException(f"{asked}, and Trainer(barebones=True) logs nothing; leave one of the two out")
+    if not trainer.enable_validation:
+        raise MisconfigurationException(
+            f"{asked}, and there is none: give validation data and a `validation_step`, set limit_val_batches above 0, "
+            "or leave `until` out"
+        )
 
 
 def _need_validation_at_epoch_end(trainer: pl.Trainer, stage: Stage) -> None:
     every_epochs, every_batches = trainer.check_val_every_n_epoch, trainer.val_check_batch
-    if every_epochs != 1 or (every_batches and trainer.num_training_batches % every_batches):
+    if every_epochs != 1 or not every_batches or trainer.num_training_batches % every_batches:
         raise MisconfigurationException(
             f"stage {stage.name!r}: until='overfit' judges by a validation at the end of every epoch; the Trainer has "
             f"check_val_every_n_epoch={every_epochs} and validates every {every_batches} of "

@@ -152,7 +152,7 @@ class GradualUnfreeze(Conductor):
             raise MisconfigurationException(
                 "stages need automatic optimization; the module sets automatic_optimization=False"
             )
-        refuse_clashing_callbacks(trainer, self, until=any(stage.until is not None for stage in self.stages))
+        refuse_clashing_callbacks(trainer, self)
         self._check_needs(trainer)
         refuse_fixed_image_size(trainer, image_sizes(self.stages))
         self._set_max_epochs(trainer)

@@ -11,17 +11,15 @@ from lightning.pytorch.callbacks import (
     Callback,
     LearningRateFinder,
     StochasticWeightAveraging,
-    WeightAveraging,
 )
 
 
-def refuse_clashing_callbacks(trainer: pl.Trainer, plan: Callback, until: bool) -> None:
+def refuse_clashing_callbacks(trainer: pl.Trainer, plan: Callback) -> None:
     """Refuses callbacks of Lightning's and of others that write what the owner of the plan writes.
 
     Args:
         trainer: Its callbacks are looked at.
         plan: The owner of the plan.
-        until: Whether a stage goes back to weights.
 
     Raises:
         MisconfigurationException: Naming the callback, and what to do.
@@ -36,8 +34,6 @@ def refuse_clashing_callbacks(trainer: pl.Trainer, plan: Callback, until: bool) 
             reason = "it gives every param group one rate; use LRFinderPerStage and lr='find'"
         elif isinstance(other, StochasticWeightAveraging):
             reason = "it takes over the learning rates; use CosineRestarts(snapshots=True), or WeightAveraging"
-        elif until and isinstance(other, WeightAveraging):
-            reason = "it validates averages, and until='overfit' goes back to weights; give num_cycles alone"
         if reason:
             raise MisconfigurationException(f"GradualUnfreeze cannot run beside {type(other).__name__}: {reason}")
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Literal
 
-MAX_STAGE_EPOCHS = 100_000
-"""Longest stage that is taken for meant: a mistyped `cycle_mult` grows a stage beyond any budget."""
+from lightning_unfreeze.stages.cycles import MAX_STAGE_EPOCHS, as_fraction, cycles_sum
+
 _PATIENCE_EPOCHS = 3
 
 
@@ -225,35 +225,6 @@ class Stage:
 
 def _is_positive(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-def as_fraction(value: float) -> Fraction:
-    """The rational number that `value` was written for, so that 0.1 is a tenth and 1/3 a third.
-
-    >>> as_fraction(0.1) * 10 == 1, as_fraction(1 / 3) * 3 == 1
-    (True, True)
-    """
-    if isinstance(value, int | Fraction):
-        return Fraction(value)
-    nearest = Fraction(value).limit_denominator(10_000)
-    return nearest if float(nearest) == value else Fraction(value)
-
-
-def cycles_sum(cycle_len: float, cycle_mult: float, num_cycles: int) -> Fraction:
-    """Sum of `num_cycles` cycle lengths, each `cycle_mult` times the one before it, exact.
-
-    Raises:
-        OverflowError: Where the last cycle alone would be longer than `MAX_STAGE_EPOCHS`.
-
-    >>> cycles_sum(1, 2, 3)
-    Fraction(7, 1)
-    """
-    if cycle_mult > 1 and (num_cycles - 1) * math.log(cycle_mult) > math.log(MAX_STAGE_EPOCHS / cycle_len) + 1:
-        raise OverflowError(f"{num_cycles} cycles with cycle_mult={cycle_mult}")
-    length, mult = as_fraction(cycle_len), as_fraction(cycle_mult)
-    if mult == 1:
-        return length * num_cycles
-    return length * (mult**num_cycles - 1) / (mult - 1)
 
 
 def check_plan(stages: Sequence[Stage]) -> None:

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 
-from lightning_unfreeze.stages.plan import MAX_STAGE_EPOCHS, Stage, as_fraction, check_plan, cycles_sum, plan_epochs
+from lightning_unfreeze.stages.cycles import MAX_STAGE_EPOCHS, as_fraction, cycles_sum
+from lightning_unfreeze.stages.plan import Stage, check_plan, plan_epochs
 
 SOLVED: dict[str, Any] = {"train": "head", "precompute": True, "solve": True, "epochs": None}
 
