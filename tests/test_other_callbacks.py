@@ -362,11 +362,30 @@ def test_weight_averaging__averages_over_the_stages_and_leaves_the_training_alon
         torch.testing.assert_close(value.detach(), by_hand.average[name], rtol=1e-5, atol=1e-7)
 
 
-def test_weight_averaging__is_refused_where_the_stage_goes_back_to_its_best_weights() -> None:
-    stages = [Stage("full", cycle_len=1, num_cycles=2, until="overfit")]
-    trainer = quiet_trainer([GradualUnfreeze(stages), CosineRestarts(), EMAWeightAveraging(decay=0.75)])
-    with pytest.raises(MisconfigurationException, match=r"EMAWeightAveraging.*until='overfit'.*num_cycles"):
-        trainer.fit(UserModule(SmallNet()), loader(), loader())
+def test_weight_averaging__goes_back_with_the_weights_that_were_judged() -> None:
+    """The values belong to the averages, so they come back, and the fit leaves the average of the best cycle end."""
+
+    class Scripted(UserModule):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_loss", [0.5, 0.4, 0.6][self.current_epoch])
+
+    class Averages(Callback):
+        def __init__(self) -> None:
+            self.seen: list[dict[str, torch.Tensor]] = []
+
+        def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            self.seen.append({name: value.detach().clone() for name, value in pl_module.named_parameters()})
+
+    averages = Averages()  # before the averaging callback, which swaps the weights out again in the same hook
+    stages = [Stage("full", cycle_len=1, num_cycles=4, until="overfit")]
+    callbacks = [averages, GradualUnfreeze(stages), CosineRestarts(), EMAWeightAveraging(decay=0.75)]
+    module = Scripted(SmallNet())
+    trainer = quiet_trainer(callbacks)
+    trainer.fit(module, loader(), loader())
+    assert trainer.current_epoch == 3
+    for name, value in module.named_parameters():
+        assert torch.equal(value, averages.seen[1][name]), name
+        assert not torch.equal(value, averages.seen[2][name]), name
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from lightning_unfreeze.inside_lightning.weights import (
     keep_weights,
     load_weights,
     put_weights_back,
+    renew_last_checkpoints,
     save_weights,
 )
 from lightning_unfreeze.layers.param_groups import scale_lr
@@ -134,6 +135,7 @@ class CosineRestarts(StageCallback):
         self._value_step = -1
         self._judge: Judge | None = None
         self._best: KeptWeights | None = None
+        self._went_back: tuple[int, int] | None = None  # to the weights of which optimizer step, and when
         self._course: Course | None = None  # of the present stage; None without cycles
         self._cycle: int | None = None  # that is running; None between the end of the last one and the next stage
         self._epoch_step = 0  # the optimizer step that the present epoch began with
@@ -423,6 +425,7 @@ class CosineRestarts(StageCallback):
         put_weights_back(trainer, pl_module, best)
         pin_callback_metrics(trainer, best.scores)
         self._value, self._value_step = judge.best, trainer.global_step
+        self._went_back = best.step, trainer.global_step
         what = "is the model that it started from, as the stage made none better"
         if best.step != self.run.start_step:
             what = f"is that of optimizer step {best.step}"
@@ -437,6 +440,11 @@ class CosineRestarts(StageCallback):
         if self._judge is not None and not self._judge.concluded:
             self._conclude(trainer, pl_module, stage)
         self._best = self._judge = None
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The last checkpoint is of the weights that the fit leaves."""
+        if self._went_back is not None and self._went_back[1] == trainer.global_step:
+            renew_last_checkpoints(trainer, of_step=self._went_back[0])
 
     def _find_monitor(self, trainer: pl.Trainer) -> None:
         """At the first validation that logs anything, the sanity check if it does: what `until` is judged by."""

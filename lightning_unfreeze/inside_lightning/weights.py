@@ -12,7 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -96,6 +96,20 @@ def average_of(trainer: pl.Trainer) -> nn.Module | None:
             average: nn.Module | None = callback._average_model
             return average
     return None
+
+
+def renew_last_checkpoints(trainer: pl.Trainer, *, of_step: int) -> None:
+    """Has `last.ckpt` written anew where it holds weights between `of_step`, which the fit went back to, and its end.
+
+    A `ModelCheckpoint(save_last=True)` writes it with its best alone, and the weights that came back may be no new best
+    of its own monitor. It has no public way to save; guarded by
+    `test_until__a_checkpoint_holds_the_weights_that_its_score_belongs_to` (Lightning 2.6). A collective call.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if not isinstance(callback, ModelCheckpoint) or callback.save_last is not True or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            continue
+        if of_step < callback._last_global_step_saved < trainer.global_step:
+            callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
 
 
 def save_weights(trainer: pl.Trainer, path: Path) -> None:

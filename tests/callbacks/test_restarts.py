@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     LearningRateFinder,
     LearningRateMonitor,
+    ModelCheckpoint,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
@@ -475,6 +476,285 @@ def test_until__a_run_resumed_inside_such_a_stage_is_bitwise_the_same(tmp_path: 
     resumed, told_again = run(tmp_path / "at.ckpt")
     assert told == told_again == {"full": [3.0, 2.0, 2.5]}
     assert same_weights(whole, resumed) == []
+
+
+class KeepsAll(Callback):
+    """What was in force at each validation: weights, moments, and the value of each."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, Tensor]] = []
+        self.moments: list[dict[str, dict[str, Tensor]]] = []
+        self.at_start: list[dict[str, dict[str, Tensor]]] = []
+
+    def moments_of(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, dict[str, Tensor]]:
+        names = {parameter: name for name, parameter in pl_module.named_parameters()}
+        states = trainer.optimizers[0].state.items()
+        return {names[key]: {k: v.clone() for k, v in state.items()} for key, state in states}
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.weights.append(weights_of(pl_module))
+        self.moments.append(self.moments_of(trainer, pl_module))
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.at_start.append(self.moments_of(trainer, pl_module))
+
+
+def same_moments(left: Any, right: Any) -> bool:
+    return left.keys() == right.keys() and all(
+        torch.equal(left[name][key], right[name][key]) for name in left for key in left[name]
+    )
+
+
+def test_until__the_optimizer_goes_back_with_the_weights() -> None:
+    class Adam(Script):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+    module, keeps = Adam([0.5, 0.4, 0.6, 0.6]), KeepsAll()
+    plan = [Stage("a", lr=0.1, cycle_len=1, num_cycles=5, until="overfit"), Stage("b", lr=0.01, epochs=1)]
+    quiet_trainer([GradualUnfreeze(plan), CosineRestarts(), keeps]).fit(module, points(3), points(1))
+    assert same_moments(keeps.at_start[3], keeps.moments[1])
+    assert not same_moments(keeps.at_start[3], keeps.moments[2])
+    steps = {float(state["step"]) for state in keeps.at_start[3].values()}
+    assert steps == {6.0}
+
+
+@pytest.mark.parametrize("monitor", [None, "val_loss", "val_acc", "train_loss"])
+@pytest.mark.parametrize("on_train_epoch_end", [None, True, False])
+@pytest.mark.parametrize("val_check_interval", [1.0, 0.5])
+@pytest.mark.filterwarnings("ignore:.*will be ignored", "ignore:Checkpoint directory")
+def test_until__a_checkpoint_holds_the_weights_that_its_score_belongs_to(
+    tmp_path: Path, monitor: str | None, on_train_epoch_end: bool | None, val_check_interval: float
+) -> None:
+    """Accuracy and training loss get better where the validation loss over-fits."""
+    if monitor == "train_loss" and (on_train_epoch_end is False or val_check_interval < 1):
+        pytest.skip("at a validation there is no training loss of the epoch yet: Lightning refuses it itself")
+    per_epoch = int(1 / val_check_interval)
+    losses, accuracies = [0.5, 0.4, 0.6, 0.7], [0.7, 0.8, 0.9, 0.95]
+
+    class Both(Line):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.log("train_loss", 1.0 - 0.1 * self.current_epoch, on_step=False, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            worse = 0.0 if self.trainer.is_last_batch else 0.05  # inside an epoch
+            epoch = self.current_epoch
+            self.log_dict({"val_loss": losses[epoch] + worse, "val_acc": accuracies[epoch] - worse})
+
+    module, keeps = Both(), KeepsAll()
+    saver = ModelCheckpoint(
+        tmp_path,
+        monitor=monitor,
+        mode="max" if monitor == "val_acc" else "min",
+        save_last=True,
+        save_on_train_epoch_end=on_train_epoch_end,
+    )
+    plan = [Stage("full", lr=0.1, cycle_len=1, num_cycles=4, until="overfit")]
+    trainer = quiet_trainer(
+        [GradualUnfreeze(plan), CosineRestarts(), keeps, saver],
+        enable_checkpointing=True,
+        val_check_interval=val_check_interval,
+    )
+    trainer.fit(module, points(4), points(1))
+    ends = keeps.weights[per_epoch - 1 :: per_epoch]  # of the three epochs
+    assert len(ends) == 3
+    assert same_weights(weights_of(module), ends[1]) == []
+    last = torch.load(saver.last_model_path, weights_only=True)["state_dict"]
+    assert same_weights(last, ends[1]) == [], "the last checkpoint holds the network that the fit leaves behind"
+    assert float(trainer.callback_metrics["val_loss"]) == pytest.approx(0.4)
+    assert float(trainer.callback_metrics["val_acc"]) == pytest.approx(0.8)
+    best = torch.load(saver.best_model_path, weights_only=True)["state_dict"]
+    assert same_weights(best, ends[1]) == []
+    if monitor is not None:
+        score = {"val_loss": 0.4, "val_acc": 0.8, "train_loss": 0.9}[monitor]
+        assert float(saver.best_model_score) == pytest.approx(score)  # type: ignore[arg-type]
+
+
+def test_until__a_stage_that_made_nothing_better_gives_back_what_it_started_from(caplog: Any) -> None:
+    module, keeps = Script([0.5, 0.9, 0.8, 0.85]), KeepsAll()
+    plan = [
+        Stage("head", train="head", lr=0.1, epochs=1),
+        Stage("full", lr=0.1, cycle_len=1, num_cycles=4, until="overfit"),
+    ]
+    restarts = CosineRestarts()
+    trainer = quiet_trainer([GradualUnfreeze(plan), restarts, keeps])
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        trainer.fit(module, points(3), points(1))
+    assert restarts.cycle_values == {"full": pytest.approx([0.9, 0.8, 0.85])}
+    assert trainer.current_epoch == 4, "what it started from is no cycle end: it does not end the stage"
+    assert same_weights(weights_of(module), keeps.weights[0]) == []
+    assert float(trainer.callback_metrics["val_loss"]) == pytest.approx(0.5)
+    assert "the model that it started from" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("values", "patience_epochs", "min_delta", "epochs", "kept"),
+    [
+        ([3, 2, 2.5, 2.5, 2.5, 2.5], 2, 0.0, 4, 2),
+        ([3, 2, 2.5, 1, 2.5, 2.5, 2.5, 2.5], 2, 0.0, 6, 4),
+        ([3, 2.95, 2.9, 2.85, 2.8], 2, 0.2, 3, 3),  # gains too small to count, and the best is the last all the same
+        ([3, 2.9, 2.75, 2.7, 2.69], 2, 0.2, 5, 5),  # small ones that add up
+        ([5, 4, 3, 2, 1, 0.5, 0.4, 0.3], 3, 0.0, 8, 8),
+        ([math.nan, math.nan, math.nan, 1], 3, 0.0, 3, 1),
+    ],
+)
+def test_until_plateau__is_patience_and_goes_back(
+    values: list[float], patience_epochs: int, min_delta: float, epochs: int, kept: int
+) -> None:
+    module, keeps = Script(values), KeepsAll()
+    plan = [Stage("full", lr=0.1, epochs=8, until="plateau", patience_epochs=patience_epochs)]
+    trainer = quiet_trainer([GradualUnfreeze(plan), CosineRestarts(min_delta=min_delta), keeps])
+    trainer.fit(module, points(3), points(1))
+    assert trainer.current_epoch == epochs
+    assert same_weights(weights_of(module), keeps.weights[kept - 1]) == []
+
+
+def test_until_plateau__judges_every_validation_and_needs_none_at_the_epochs_end() -> None:
+    class ByStep(Line):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            # three of four batches: the last quarter of an epoch is not validated
+            self.log("val/loss", {3: 1.0, 7: 0.5}.get(self.global_step, 2.0))
+
+    module, keeps = ByStep(), KeepsAll()
+    plan = [Stage("full", lr=0.1, epochs=9, until="plateau", patience_epochs=2)]
+    trainer = quiet_trainer([GradualUnfreeze(plan), CosineRestarts(), keeps], val_check_interval=3)
+    trainer.fit(module, points(4), points(1))
+    assert trainer.current_epoch == 4
+    assert same_weights(weights_of(module), keeps.weights[1]) == []
+
+
+def test_until__parts_that_the_state_dict_leaves_out_go_back_too() -> None:
+    class Partial(Script):
+        def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+            return {name: value for name, value in super().state_dict(*args, **kwargs).items() if "head" in name}
+
+    module = Partial([0.5, 0.9])
+    seen: list[dict[str, Tensor]] = []
+
+    class Looks(Callback):
+        def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            seen.append({name: value.detach().clone() for name, value in pl_module.named_parameters()})
+
+    plan = [Stage("full", lr=0.1, cycle_len=1, num_cycles=3, until="overfit")]
+    quiet_trainer([GradualUnfreeze(plan), CosineRestarts(), Looks()]).fit(module, points(3), points(1))
+    assert not torch.equal(seen[0]["backbone.weight"], seen[1]["backbone.weight"])
+    for name, value in module.named_parameters():
+        assert torch.equal(value, seen[0][name]), name
+
+
+# --- epochs that are not all alike
+
+
+class SkipsBatch(Script):
+    def __init__(self, values: list[float], skipped: int) -> None:
+        super().__init__(values)
+        self.skipped = skipped
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
+        return -1 if self.current_epoch == 0 and batch_idx == self.skipped else None
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("kind", ["none", "minus one"])
+def test_restarts__a_skipped_step_moves_no_later_cycle(accumulate: int, kind: str) -> None:
+    values = [1.0, 0.5, 0.9, 0.9]
+    data = points(6).dataset
+
+    def some(rows: list[Any]) -> Any:
+        x, y = torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
+        return None if torch.equal(x[0], data[4][0]) else (x, y)
+
+    module = SkipsBatch(values, skipped=2) if kind == "minus one" else Script(values)
+    train = DataLoader(data, 2, collate_fn=some if kind == "none" else None)
+    plan = [Stage("full", lr=0.1, cycle_len=1, num_cycles=4, until="overfit")]
+    trainer = quiet_trainer([GradualUnfreeze(plan), CosineRestarts()], accumulate_grad_batches=accumulate)
+    if kind == "minus one":
+        # Lightning does not validate an epoch that is cut short, so its cycle end cannot be judged
+        with pytest.warns(UserWarning, match="cycle end after 1 epochs was not validated"):
+            trainer.fit(module, train, points(1))
+    else:
+        with pytest.warns(UserWarning, match="yielded None"):
+            trainer.fit(module, train, points(1))
+    assert trainer.current_epoch == 3
+    per_epoch = 6 // accumulate
+    whole = by_hand([Fraction(per_epoch)], per_epoch)
+    last = [rate for _, rate in module.rates][-whole.__len__() :] if kind == "minus one" else None
+    if last is not None:
+        assert last == pytest.approx([0.1 * factor for factor in whole])
+
+
+def test_restarts__a_loader_that_grows_begins_each_cycle_at_its_peak() -> None:
+    class Grows(Script):
+        def train_dataloader(self) -> Any:
+            return points(2 + self.trainer.current_epoch)
+
+        def val_dataloader(self) -> Any:
+            return points(1)
+
+    module = Grows([1.0, 0.5, 0.9])
+    plan = [Stage("full", lr=0.1, cycle_len=1, num_cycles=5, until="overfit")]
+    trainer = quiet_trainer([GradualUnfreeze(plan), CosineRestarts()], reload_dataloaders_every_n_epochs=1)
+    trainer.fit(module)
+    assert trainer.current_epoch == 3
+    expected = [0.1 * factor for batches in (2, 3, 4) for factor in by_hand([Fraction(batches)], batches)]
+    assert [rate for _, rate in module.rates] == pytest.approx(expected)
+
+
+# --- what `until` is judged by
+
+
+@pytest.mark.parametrize(
+    ("logged", "attributes", "epochs"),
+    [
+        ("val/loss", {}, 2),
+        ("validation_loss", {}, 2),
+        ("val_score", {"monitor": "val_score", "mode": "min"}, 2),
+        ("val_acc", {"monitor": "val_acc"}, 3),
+        ("valid/acc", {}, 3),
+    ],
+)
+def test_until__finds_the_value_under_the_name_that_the_module_logs(
+    logged: str, attributes: dict[str, str], epochs: int
+) -> None:
+    module = Script([0.5, 0.6, 0.6], logged)
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    plan = [Stage("full", lr=0.1, cycle_len=1, num_cycles=4, until="overfit")]
+    trainer = quiet_trainer([GradualUnfreeze(plan), CosineRestarts()], num_sanity_val_steps=1)
+    trainer.fit(module, points(3), points(1))
+    assert trainer.current_epoch == epochs
+
+
+@pytest.mark.parametrize(
+    ("logged", "options", "trainer_options", "message"),
+    [
+        (
+            "val/loss",
+            {"monitor": "val_loss"},
+            {},
+            r"'val_loss', which validation did not log; logged are \['val/loss'\]",
+        ),
+        ("score", {}, {}, r"the validation loss.*logged are \['score'\]"),
+        ("val_loss", {}, {"barebones": True}, "barebones"),
+        ("val_loss", {}, {"limit_val_batches": 0}, "there is none"),
+        ("val_loss", {}, {"check_val_every_n_epoch": 2}, "check_val_every_n_epoch=2"),
+        ("val_loss", {}, {"val_check_interval": 2}, "every 2 of 3 batches"),
+    ],
+)
+def test_until__what_is_missing_is_said_before_training(
+    logged: str, options: dict[str, Any], trainer_options: dict[str, Any], message: str
+) -> None:
+    module = Script([0.5] * 9, logged)
+    plan = [Stage("head", train="head", epochs=2), Stage("full", cycle_len=1, num_cycles=3, until="overfit")]
+    callbacks = [GradualUnfreeze(plan), CosineRestarts(**options)]
+    if trainer_options.get("barebones"):
+        trainer = pl.Trainer(barebones=True, accelerator="cpu", callbacks=callbacks, max_epochs=-1)
+    else:
+        trainer = quiet_trainer(callbacks, num_sanity_val_steps=1, **trainer_options)
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer.fit(module, points(3), points(1))
+    assert trainer.global_step == 0
 
 
 # --- refusals
