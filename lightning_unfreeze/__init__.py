@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage as LRFinderPerStage
     from lightning_unfreeze.callbacks.precompute import PrecomputeFeatures as PrecomputeFeatures
     from lightning_unfreeze.callbacks.restarts import CosineRestarts as CosineRestarts
+    from lightning_unfreeze.callbacks.snapshots import BestWeights as BestWeights
     from lightning_unfreeze.callbacks.tta import TTAEval as TTAEval
     from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze as GradualUnfreeze
     from lightning_unfreeze.data.digits import DigitsData as DigitsData
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ROOM_OF = {
+    "BestWeights": "callbacks.snapshots",
     "CosineRestarts": "callbacks.restarts",
     "DigitsData": "data.digits",
     "GradualUnfreeze": "callbacks.unfreeze",

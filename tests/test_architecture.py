@@ -181,7 +181,7 @@ def test_door__has_every_name_and_says_which_there_are() -> None:
         lightning_unfreeze.__all__
     )
     assert set(lightning_unfreeze.__all__) <= set(dir(lightning_unfreeze))
-    with pytest.raises(AttributeError, match="no attribute 'GradualUnfreez'; it has CosineRestarts"):
+    with pytest.raises(AttributeError, match="no attribute 'GradualUnfreez'; it has BestWeights"):
         _ = lightning_unfreeze.GradualUnfreez
 
 

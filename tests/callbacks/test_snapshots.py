@@ -1,0 +1,114 @@
+"""`BestWeights`: each row of its table against weights averaged and validated by hand."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import Tensor
+
+from lightning_unfreeze.callbacks.restarts import CosineRestarts
+from lightning_unfreeze.callbacks.snapshots import BestWeights
+from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
+from lightning_unfreeze.stages.plan import Stage
+from lightning_unfreeze.stages.soups import greedy_soup, mix
+from tests.conftest import SmallNet, UserModule, loader, quiet_trainer, random_images, same_weights, weights_of
+
+PLAN = [
+    Stage("head", train="head", lr=0.05, epochs=1),
+    Stage("full", lr=0.05, cycle_len=1, num_cycles=3),
+]
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory")
+
+
+class EveryEpoch(Callback):
+    def __init__(self) -> None:
+        self.ends: list[dict[str, Tensor]] = []
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.ends.append(weights_of(pl_module))
+
+
+def loss_of(weights: dict[str, Tensor]) -> float:
+    module = UserModule(SmallNet())
+    module.load_state_dict(weights)
+    data = loader(random_images(seed=5), batch_size=24)
+    (logged,) = quiet_trainer([]).validate(module, data, verbose=False)
+    return logged["val_loss"]
+
+
+def average(points: list[dict[str, Tensor]], shares: list[float]) -> dict[str, Tensor]:
+    total: dict[str, Tensor] = {}
+    for point, share in zip(points, shares, strict=True):
+        for name, value in point.items():
+            total[name] = total.get(name, 0) + share * value if value.is_floating_point() else value
+    return total
+
+
+def test_best_weights__rows_are_those_of_weights_averaged_by_hand(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    (tmp_path / "best.ckpt").write_text("of the user's")
+    module, every, best = UserModule(SmallNet()), EveryEpoch(), BestWeights()
+    saver = ModelCheckpoint(tmp_path, filename="epoch")
+    callbacks = [GradualUnfreeze(PLAN), CosineRestarts(), every, best, saver]
+    trainer = quiet_trainer(callbacks, enable_checkpointing=True)
+    trainer.fit(module, loader(shuffle=True), loader(random_images(seed=5), batch_size=24))
+
+    start, *ends = every.ends
+    expected = {
+        "as the fit left them": ends[2],
+        "start": start,
+        "cycle 1": ends[0],
+        "cycle 2": ends[1],
+        "cycle 3": ends[2],
+        "mean of the cycle ends": average(ends, [1 / 3] * 3),
+        **{f"{share:.0%} of the way": average([start, ends[2]], [1 - share, share]) for share in (0.25, 0.5, 0.75)},
+    }
+    for name, weights in expected.items():
+        assert best.scores[name] == pytest.approx(loss_of(weights), rel=1e-5), name
+    with (tmp_path / "weights.csv").open() as file:
+        rows = {row["weights"]: float(row["val_loss"]) for row in csv.DictReader(file)}
+    assert rows == pytest.approx(best.scores)
+    assert (tmp_path / "best.ckpt").read_text() == "of the user's"
+    assert best.best_path == tmp_path / "best-v1.ckpt"
+    kept = torch.load(best.best_path, weights_only=True)["state_dict"]
+    assert loss_of(kept) == pytest.approx(min(best.scores.values()), rel=1e-5)
+    assert loss_of(kept) <= loss_of(ends[2]) * (1 + 1e-6)
+    assert same_weights(weights_of(module), ends[2]) == [], "the module is what the fit left"
+    assert {path.name for path in tmp_path.iterdir()} >= {"epoch.ckpt", "weights.csv", "best-v1.ckpt"}
+    assert not (tmp_path / "path").exists()
+
+
+def test_best_weights__a_resumed_run_has_the_same_table(tmp_path: Path) -> None:
+    class Saves(Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            if trainer.current_epoch == 2:
+                trainer.save_checkpoint(tmp_path / "at.ckpt")
+                raise KeyboardInterrupt
+
+    def run(ckpt_path: Path | None, *more: Callback, folder: str) -> BestWeights:
+        torch.manual_seed(0)
+        best = BestWeights()
+        callbacks = [GradualUnfreeze(PLAN), CosineRestarts(), best, ModelCheckpoint(tmp_path / folder), *more]
+        trainer = quiet_trainer(callbacks, enable_checkpointing=True)
+        data: Any = loader(), loader(random_images(seed=5), batch_size=24)
+        trainer.fit(UserModule(SmallNet()), *data, ckpt_path=ckpt_path)
+        return best
+
+    whole = run(None, folder="whole")
+    with pytest.raises(SystemExit):
+        run(None, Saves(), folder="cut")
+    assert run(tmp_path / "at.ckpt", folder="cut").scores == whole.scores
+
+
+def test_soups__mix_by_hand_and_take_what_helps() -> None:
+    points = [{"w": torch.tensor([float(value)]), "n": torch.tensor(value)} for value in (4, 10, 0)]
+    assert mix(points, [0.5, 0.25, 0.25])["w"].tolist() == [4.5]
+    assert mix(points)["n"].item() == 0
+    # to come near 3: 4 alone is 1 off, with 10 it would be 4 off, with 0 it is 1 off: no worse
+    assert greedy_soup(points, lambda mixed: -abs(float(mixed["w"]) - 3)) == [0, 2]
