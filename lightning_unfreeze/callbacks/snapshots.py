@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_unfreeze.callbacks.base import StageCallback
 from lightning_unfreeze.inside_lightning.metrics import validate_aside
 from lightning_unfreeze.inside_lightning.weights import average_of, save_weights, set_tensors, tensors_of
-from lightning_unfreeze.reporting import report_dir, show, table_of, write_csv
+from lightning_unfreeze.reporting import report_dir, row, show, table_of, write_csv
 from lightning_unfreeze.stages.plan import Stage
 from lightning_unfreeze.stages.soups import greedy_soup, mix
 from lightning_unfreeze.stages.until import Mode, direction, find_monitor, gain
@@ -54,6 +54,7 @@ class BestWeights(StageCallback):
         self.monitor, self.mode = monitor, mode
         self.scores: dict[str, float] = {}
         self.best_path: Path | None = None
+        self._best = ""
         self._points: dict[str, dict[str, Tensor]] = {}
         self._files: dict[str, str] = {}
 
@@ -166,10 +167,17 @@ class BestWeights(StageCallback):
         while path.exists():
             version += 1
             path = folder / f"best-v{version}.ckpt"
-        self.best_path = Path(trainer.strategy.broadcast(path))
+        self.best_path, self._best = Path(trainer.strategy.broadcast(path)), best
         set_tensors(pl_module, tensors)
         save_weights(trainer, self.best_path)
         rank_zero_info(f"best in validation: {best}, {self.monitor}={self.scores[best]:.5g}, in {self.best_path}")
+
+    def closing_rows(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[dict[str, Any]]:
+        """The best, for the summary that closes the fit."""
+        if self.best_path is None:
+            return []
+        score = f"{self.monitor} = {self.scores[self._best]:.4g}"
+        return [row(f"best along the path: {self._best}", self.best_path, score)]
 
     def _forget_files(self, trainer: pl.Trainer) -> None:
         files, self._files, self._points = list(self._files.values()), {}, {}
