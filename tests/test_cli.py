@@ -221,26 +221,26 @@ def test_plan__shows_each_stage_and_trains_nothing(
 
 def test_plan__counts_flops_and_parameters_as_arithmetic_does(tmp_path: Path) -> None:
     from lightning_unfreeze import DigitsData, GradualUnfreeze, Stage, TransferClassifier
-    from lightning_unfreeze.preview.costs import plan_rows
+    from lightning_unfreeze.preview.costs import plan_costs
     from tests.conftest import quiet_trainer
 
     stages = [Stage("head", train="head", epochs=2), Stage("full", epochs=3)]
     module = TransferClassifier("digits_resnet", num_classes=5, pretrained=False)
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    head, full = plan_rows(quiet_trainer([GradualUnfreeze(stages)]), module, DigitsData(batch_size=10))
+    head, full = plan_costs(quiet_trainer([GradualUnfreeze(stages)]), module, DigitsData(batch_size=10))
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-    assert (head["parameters"], full["parameters"]) == (325, sum(p.numel() for p in module.parameters()))
-    assert (head["images"], full["images"]) == (100, 150)
+    assert (head.parameters, full.parameters) == (325, sum(p.numel() for p in module.parameters()))
+    assert (head.images, full.images) == (100, 150)
     # a full step is a forward and twice that backward, less the gradient of the first layer's input
-    forward_gflops = head["GFLOPs"] / 2
-    assert 2.5 < full["GFLOPs"] / 3 / forward_gflops < 3.0
+    forward_flops = head.flops / 2
+    assert 2.5 < full.flops / 3 / forward_flops < 3.0
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 def test_plan__counts_frozen_modules_that_a_container_only_holds(tmp_path: Path) -> None:
     """A ModuleList is never called: its FLOPs are those of its modules, once for a stored stage."""
     from lightning_unfreeze import GradualUnfreeze, PrecomputeFeatures, Stage
-    from lightning_unfreeze.preview.costs import plan_rows
+    from lightning_unfreeze.preview.costs import plan_costs
     from tests.conftest import quiet_trainer
 
     class Listed(pl.LightningModule):
@@ -264,30 +264,52 @@ def test_plan__counts_frozen_modules_that_a_container_only_holds(tmp_path: Path)
             return torch.utils.data.DataLoader(images, batch_size=10)
 
     stage = Stage("head", train="head", epochs=3, precompute=True)
-    (row,) = plan_rows(quiet_trainer([GradualUnfreeze([stage]), PrecomputeFeatures()]), Listed(), Data())
+    (row,) = plan_costs(quiet_trainer([GradualUnfreeze([stage]), PrecomputeFeatures()]), Listed(), Data())
     backbone, head = 2 * 20 * (16 * 16 + 16 * 32), 2 * 20 * 32 * 4
-    assert row["GFLOPs"] * 1e9 == pytest.approx(backbone + 3 * 2 * head)  # the head: forward, and its weight's gradient
+    assert row.flops == pytest.approx(backbone + 3 * 2 * head)  # the head: forward, and its weight's gradient
 
 
 def test_plan__costs_what_the_limit_on_batches_lets_through(tmp_path: Path) -> None:
     from lightning_unfreeze import DigitsData, GradualUnfreeze, Stage, TransferClassifier
-    from lightning_unfreeze.preview.costs import plan_rows
+    from lightning_unfreeze.preview.costs import plan_costs
     from tests.conftest import quiet_trainer
 
     module = TransferClassifier("digits_resnet", num_classes=5, pretrained=False)
 
     def gflops(**limit: float) -> float:
         trainer = quiet_trainer([GradualUnfreeze([Stage("head", train="head", epochs=1)])], **limit)
-        return float(plan_rows(trainer, module, DigitsData(batch_size=10))[0]["GFLOPs"])
+        return float(plan_costs(trainer, module, DigitsData(batch_size=10))[0].flops)
 
     assert gflops(limit_train_batches=1) == pytest.approx(gflops() / 5)
     assert gflops(limit_train_batches=1.0) == gflops() > 0
 
 
+def test_plan__warns_of_rates_too_low_and_says_what_freezing_saves() -> None:
+    from lightning_unfreeze import DigitsData, GradualUnfreeze, Stage, TransferClassifier
+    from lightning_unfreeze.preview.costs import plan_costs
+    from tests.conftest import quiet_trainer
+
+    module = TransferClassifier("digits_resnet", num_classes=5, pretrained=False)
+    # six layer groups: 1/1024, 1/256, 1/64, 1/16, 1/4, 1 of the rate; and 1/32, 1/16, 1/8, 1/4, 1/2, 1
+    stages = [
+        Stage("steep", epochs=1, lr=0.1, lr_span=4.0**-5),
+        Stage("even", epochs=1, lr=0.1, lr_span=2.0**-5),
+        Stage("head", train="head", epochs=1),
+    ]
+    steep, even, head = plan_costs(quiet_trainer([GradualUnfreeze(stages)]), module, DigitsData(batch_size=10))
+    assert steep.rates["stem"] == pytest.approx(0.1 / 1024)
+    assert list(steep.savings) == [0.01, 0.02, 0.1, 0.5]  # 2, 3, 4 and 5 groups frozen
+    assert list(even.savings) == [0.05, 0.1, 0.2, 0.5]  # 1, 2, 3 and 4; the half of a rate is not below a half
+    assert all(0 <= share < 1 for share in steep.savings.values())
+    assert "stem, layer1 get less than 0.01" in steep.advice()[0]
+    assert len(even.advice()) == 1 and "freeze_below=0.05" in even.advice()[0]
+    assert head.advice() == []
+
+
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 def test_plan__of_data_without_a_length_is_refused() -> None:
     from lightning_unfreeze import GradualUnfreeze, Stage
-    from lightning_unfreeze.preview.costs import plan_rows
+    from lightning_unfreeze.preview.costs import plan_costs
     from tests.conftest import UserModule, quiet_trainer
 
     class Endless(torch.utils.data.IterableDataset[object]):
@@ -301,7 +323,7 @@ def test_plan__of_data_without_a_length_is_refused() -> None:
 
     trainer = quiet_trainer([GradualUnfreeze([Stage("full", epochs=1)])])
     with pytest.raises(MisconfigurationException, match=r"no length.*limit_train_batches"):
-        plan_rows(trainer, UserModule(), Data())
+        plan_costs(trainer, UserModule(), Data())
 
 
 def test_help__names_all_commands(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lightning_unfreeze.cli.options import take_stage_options
 from lightning_unfreeze.cli.parser import UnfreezeCLI
-from lightning_unfreeze.preview.costs import plan_rows
+from lightning_unfreeze.preview.costs import plan_costs
 from lightning_unfreeze.reporting import show, table_of
 
 
@@ -15,7 +15,9 @@ def main(arguments: Sequence[str]) -> None:
     left = list(arguments[1:])
     stage_options = take_stage_options(left)
     cli = UnfreezeCLI(left, run=False, stage_options=stage_options)
-    rows = plan_rows(cli.trainer, cli.model, cli.datamodule)
-    show(table_of(rows, title="plan (nothing was trained)"))
-    epochs, minutes = (sum(row[name] for row in rows) for name in ("epochs", "minutes"))
+    planned = plan_costs(cli.trainer, cli.model, cli.datamodule)
+    show(table_of([stage.row() for stage in planned], title="plan (nothing was trained)"))
+    epochs, minutes = sum(one.stage.num_epochs for one in planned), sum(one.seconds for one in planned) / 60
     show(f"together {epochs} epochs, {minutes:.2g} minutes; range tests and validation are not counted")
+    for line in (line for stage in planned for line in stage.advice()):
+        show(line)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
 
@@ -20,6 +21,9 @@ from lightning_unfreeze.inside_lightning.steps import batch_on_device, training_
 from lightning_unfreeze.layers.param_groups import given_lr, layer_group_of
 from lightning_unfreeze.stages.plan import Stage
 from lightning_unfreeze.stages.progress import Progress
+
+_HARDLY_TRAINS = 0.01  # of the last layer group's rate
+_THRESHOLDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 
 def _convolution_backward_flops(
@@ -38,27 +42,101 @@ FLOP_FORMULAS: dict[Any, Any] = {torch.ops.aten.convolution_backward: _convoluti
 """What `FlopCounterMode(custom_mapping=...)` needs to count grouped convolutions right."""
 
 
-def plan_rows(
+@dataclass(frozen=True)
+class PlannedStage:
+    """What a stage trains and costs. FLOPs and seconds are of the steps alone, without loading, validation, tests.
+
+    Attributes:
+        stage: The stage.
+        trained: Names of the layer groups that train, input first.
+        parameters: Number of parameters that train.
+        rates: Layer group -> peak rate; the factor on it where the rate is to be found.
+        images: Images read by all its epochs.
+        once_flops: Spent once: with stored features, the pass of the frozen part.
+        epoch_flops: Spent in each epoch.
+        once_seconds: As `once_flops`.
+        epoch_seconds: As `epoch_flops`.
+        savings: Threshold -> share of a step's seconds that freezing the groups whose ratio to the head's rate lies
+            below would save; only thresholds that freeze something, and something else than the one before.
+    """
+
+    stage: Stage
+    trained: tuple[str, ...]
+    parameters: int
+    rates: Mapping[str, float]
+    images: int
+    once_flops: float
+    epoch_flops: float
+    once_seconds: float
+    epoch_seconds: float
+    savings: Mapping[float, float]
+
+    @property
+    def flops(self) -> float:
+        """Of the whole stage (at most, with `until`)."""
+        return self.once_flops + self.stage.num_epochs * self.epoch_flops
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole stage (at most, with `until`)."""
+        return self.once_seconds + self.stage.num_epochs * self.epoch_seconds
+
+    def row(self) -> dict[str, Any]:
+        """As a line of a table for people."""
+        first, last = self.trained[0], self.trained[-1]
+        shown = list(dict.fromkeys(self._rate(name) for name in (first, last)))
+        return {
+            "stage": self.stage.name,
+            "trains": first if len(self.trained) == 1 else f"{first} ... {last} ({len(self.trained)})",
+            "parameters": self.parameters,
+            "rates": " ... ".join(shown),
+            "epochs": self.stage.num_epochs,
+            "schedule": _schedule(self.stage),
+            "images": self.images,
+            "GFLOPs": self.flops / 1e9,
+            "minutes": self.seconds / 60,
+        }
+
+    def _rate(self, name: str) -> str:
+        if self.stage.solve:
+            return "solved"
+        rate = f"{self.rates[name]:.3g}"
+        if self.stage.lr != "find":
+            return rate
+        return "found" if rate == "1" else f"found x {rate}"
+
+    def advice(self) -> list[str]:
+        """Lines about layer groups whose rate is so low that they hardly train, and what freezing them would save."""
+        lines = []
+        head = self.rates[self.trained[-1]]
+        still = [name for name in self.trained if self.rates[name] < _HARDLY_TRAINS * head]
+        if still:
+            lines.append(
+                f"stage {self.stage.name!r}: {', '.join(still)} get less than {_HARDLY_TRAINS:g} of the last layer "
+                "group's rate and hardly train; give a larger lr_span, or freeze them"
+            )
+        if self.savings:
+            parts = [f"{share:.0%} with freeze_below={threshold:g}" for threshold, share in self.savings.items()]
+            lines.append(f"stage {self.stage.name!r}: GradualUnfreeze would save of a step {', '.join(parts)}")
+        return lines
+
+
+def plan_costs(
     trainer: pl.Trainer, pl_module: pl.LightningModule, datamodule: pl.LightningDataModule | None
-) -> list[dict[str, Any]]:
-    """One row per stage of the `GradualUnfreeze` of `trainer`; a few batches are run for the timing, none is trained.
+) -> list[PlannedStage]:
+    """What each stage of the `GradualUnfreeze` of `trainer` costs; a few steps are timed, nothing is trained.
 
     Args:
         trainer: Gives the callbacks and the accelerator; it is not run itself.
         pl_module: The module; it is left as it was.
         datamodule: Gives the training batches.
 
-    Returns:
-        Rows with what trains, the number of parameters, the rates of the first and the last trained layer group,
-        epochs, schedule, images, GFLOPs and minutes. A stage with `precompute` counts one pass over the data and the
-        rest of the network on every epoch.
-
     Raises:
         MisconfigurationException: Where the trainer has no `GradualUnfreeze`, or `fit` would refuse the plan.
     """
     probe = _PlanProbe(trainer, pl_module)
     probe.fit(datamodule, enable_progress_bar=False)
-    return probe.rows
+    return probe.planned
 
 
 class Probe(GradualUnfreeze):
@@ -124,50 +202,71 @@ class Probe(GradualUnfreeze):
 
 
 class _PlanProbe(Probe):
-    rows: list[dict[str, Any]]
+    planned: list[PlannedStage]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measures every stage."""
-        loader: Any = trainer.train_dataloader
         if math.isinf(trainer.num_training_batches):
             raise MisconfigurationException(
                 "the training data has no length, so an epoch has no cost; set Trainer(limit_train_batches=...) to the "
                 "number of batches of an epoch"
             )
+        self.planned = [self._plan(trainer, pl_module, stage) for stage in self.stages]
+        trainer.should_stop = True
+
+    def _plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> PlannedStage:
+        loader: Any = trainer.train_dataloader
+        if stage.image_size_px is not None:
+            self._set_image_size(trainer, stage)
+            loader = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
         batch = batch_on_device(trainer, pl_module, next(iter(loader)))
         batches = int(trainer.num_training_batches)
         images = len(loader.dataset) if hasattr(loader, "dataset") else 0
-        self.rows = [self._row(trainer, pl_module, stage, batch, batches, images) for stage in self.stages]
-        trainer.should_stop = True
-
-    def _row(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, batch: Any, batches: int, images: int
-    ) -> dict[str, Any]:
         self.enter(trainer, stage)
-        self._modes.keep()
-        trained = self.trained(stage)
-        with sandbox(trainer, pl_module):
-            step_flops, frozen_flops, step_seconds = self._measure(trainer, pl_module, batch)
-        share = frozen_flops / step_flops if stage.precompute and step_flops else 0.0
+        trained, parameters = self.trained(stage), sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        step_flops, frozen_flops, step_seconds = self._measure(trainer, pl_module, batch)
         # a stored stage runs the frozen part once for every image, and only the rest on every epoch
-        passes = stage.num_epochs * (1 - share) + share
-        ratios = self.ratios(stage)
+        share = frozen_flops / step_flops if stage.precompute and step_flops else 0.0
+        flops, duration = float(step_flops * batches), step_seconds * batches
         given = {layer_group_of(group): given_lr(group) for group in trainer.optimizers[0].param_groups}
-        rates = [_rate(stage, given[name], ratios[name]) for name in (trained[0], trained[-1])]
-        return {
-            "stage": stage.name,
-            "trains": trained[0] if len(trained) == 1 else f"{trained[0]} ... {trained[-1]} ({len(trained)})",
-            "parameters": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
-            "rates": rates[0] if rates[0] == rates[1] else f"{rates[0]} ... {rates[1]}",
-            "epochs": stage.num_epochs,
-            "schedule": _schedule(stage),
-            "images": images * stage.num_epochs,
-            "GFLOPs": step_flops * batches * passes / 1e9,
-            "minutes": step_seconds * batches * passes / 60,
-        }
+        peaks = {name: 1.0 if stage.lr == "find" else given[name] if stage.lr is None else stage.lr for name in trained}
+        ratios = self.ratios(stage)
+        return PlannedStage(
+            stage,
+            tuple(trained),
+            parameters,
+            rates={name: peaks[name] * ratios[name] for name in trained},
+            images=images * stage.num_epochs,
+            once_flops=share * flops,
+            epoch_flops=(1 - share) * flops,
+            once_seconds=share * duration,
+            epoch_seconds=(1 - share) * duration,
+            savings={} if stage.precompute else self._savings(trainer, pl_module, stage, batch, step_seconds),
+        )
+
+    def _savings(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, batch: Any, step_seconds: float
+    ) -> dict[float, float]:
+        ratios, trained = self.ratios(stage), self.trained(stage)
+        savings: dict[float, float] = {}
+        before = trained
+        for threshold in _THRESHOLDS:
+            kept = [name for name in trained if ratios[name] >= threshold]
+            if kept and kept != before and stage.train != "adapters":
+                before = kept
+                self.make_ready(trainer, replace(stage, train=kept))
+                savings[threshold] = max(0.0, 1 - self._measure(trainer, pl_module, batch)[2] / step_seconds)
+        return savings
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> tuple[int, int, float]:
         """FLOPs of a step, FLOPs of its frozen modules' forward, and the seconds of the fastest of a few steps."""
+        self._modes.keep()
+        with sandbox(trainer, pl_module):
+            return self._measure_as_it_is(trainer, pl_module, batch)
+
+    def _measure_as_it_is(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any
+    ) -> tuple[int, int, float]:
         counter = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
         # by calls, not by the counter's names: it has none for a module that is called before the one that holds it
         entered: list[int] = []
@@ -200,15 +299,11 @@ class _PlanProbe(Probe):
             loss.backward()  # type: ignore[no-untyped-call]
 
 
-def _rate(stage: Stage, given: float, ratio: float) -> str:
-    if stage.lr == "find":
-        return "found" if ratio == 1 else f"found x {ratio:.3g}"
-    return f"{(given if stage.lr is None else stage.lr) * ratio:.3g}"
-
-
 def _schedule(stage: Stage) -> str:
+    if stage.solve:
+        return "none"
     if stage.cycle_len is None:
-        return "constant"
+        return f"constant{' until ' + stage.until if stage.until else ''}"
     cycles = " + ".join(f"{float(length):g}" for length in stage.cycle_epochs[:4])
     more = " + ..." if stage.num_cycles > 4 else ""
-    return f"cosine {cycles}{more}{' until overfit' if stage.until else ''}"
+    return f"cosine {cycles}{more}{' until ' + stage.until if stage.until else ''}"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import lightning.pytorch as pl
 
 from lightning_unfreeze.callbacks.precompute import PrecomputeFeatures
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
-from lightning_unfreeze.preview.costs import plan_rows
+from lightning_unfreeze.preview.costs import plan_costs
 from lightning_unfreeze.stages.plan import Stage
 from lightning_unfreeze.study.design.data import StudyData
 
@@ -106,34 +107,24 @@ def measure_costs(
         num_views: Views of test-time augmentation.
     """
     kinds = {kind_of(stage): stage for stage in stages}
-    probes: list[Stage] = []
-    for kind, stage in kinds.items():
-        plain = {"lr": None, "cycle_len": None, "cycle_mult": 1, "num_cycles": 1, "until": None}
-        # two lengths tell apart what is spent once and what in each epoch
-        probes += [
-            replace(stage, name=f"{kind}: {epochs}", epochs=epochs, **plain)  # type: ignore[arg-type]
-            for epochs in (1, 2)
-        ]
+    plain: dict[str, Any] = {"lr": None, "cycle_len": None, "cycle_mult": 1, "num_cycles": 1, "until": None}
+    probes = [replace(stage, name=kind, epochs=1, **plain) for kind, stage in kinds.items()]
     callbacks = [GradualUnfreeze(probes, network), PrecomputeFeatures()]
     trainer = pl.Trainer(**{**trainer_options, "callbacks": callbacks})  # type: ignore[arg-type]
-    rows = {row["stage"]: row for row in plan_rows(trainer, module, data)}
+    planned = {one.stage.name: one for one in plan_costs(trainer, module, data)}
     loader = data.train_dataloader()
     read_seconds = _reading_seconds(data)
     num_images = len(data.train_indices)
 
-    def two(kind: str, column: str, unit: float) -> tuple[float, float]:
-        one, both = (unit * rows[f"{kind}: {epochs}"][column] for epochs in (1, 2))
-        return max(2 * one - both, 0.0), both - one
-
     measured = {}
     for kind, stage in kinds.items():
-        once_flops, epoch_flops = two(kind, "GFLOPs", 1e9)
-        once_seconds, epoch_seconds = two(kind, "minutes", 60)
-        reading = read_seconds * num_images
-        once_seconds, epoch_seconds = (
-            (once_seconds + reading, epoch_seconds) if stage.precompute else (once_seconds, epoch_seconds + reading)
+        one, reading = planned[kind], read_seconds * num_images
+        measured[kind] = StageCost(
+            one.once_flops,
+            one.epoch_flops,
+            one.once_seconds + (reading if stage.precompute else 0.0),
+            one.epoch_seconds + (0.0 if stage.precompute else reading),
         )
-        measured[kind] = StageCost(once_flops, epoch_flops, once_seconds, epoch_seconds)
     cheapest = min(cost.epoch_seconds + cost.once_seconds for cost in measured.values()) / num_images
     return Costs(
         kinds=measured,
