@@ -8,12 +8,20 @@ import re
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
+import timm
+import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
+from torch import nn
+from torch.utils.data import DataLoader
 
 import lightning_unfreeze
-from lightning_unfreeze import GradualUnfreeze, Stage, fine_tune, nine_steps
+from lightning_unfreeze import DigitsData, GradualUnfreeze, Stage, TransferClassifier, fine_tune, nine_steps
+from tests.conftest import quiet_trainer
+from tests.hugging_face import HuggingFaceModule, Photos, build, photo_loader
 
 REPO = Path(__file__).parents[1]
 
@@ -108,3 +116,72 @@ def test_recipes__serve_all_that_their_stages_need() -> None:
         assert isinstance(conductor, GradualUnfreeze)
         needed = {callback for stage in conductor.stages for callback in stage.needs.values()}
         assert needed <= {type(callback).__name__ for callback in recipe}
+
+
+# --- on modules as people have them ----------------------------------------------------------------------------------
+
+
+class ScenesTask(pl.LightningModule):
+    """As torchgeo's tasks: batches that are dicts, `monitor` and `mode`, a scheduler of its own."""
+
+    monitor, mode = "val_loss", "min"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = timm.create_model("test_resnet", num_classes=3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model(images)
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(self(batch["image"]), batch["label"])
+
+    def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        self.log("val_loss", nn.functional.cross_entropy(self(batch["image"]), batch["label"]))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": self.monitor}}
+
+
+class Scenes(Photos):
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"image": self.images[index], "label": self.labels[index]}
+
+
+@pytest.mark.filterwarnings("ignore:stage ")  # no signal in noise
+def test_nine_steps__run_on_a_task_with_a_scheduler_of_its_own_that_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    conductor, *others = nine_steps(max_cycles=2)
+    assert isinstance(conductor, GradualUnfreeze)
+    with pytest.raises(MisconfigurationException, match=r"ReduceLROnPlateau.*scheduler="):
+        quiet_trainer([conductor, *others]).fit(ScenesTask(), DataLoader(Scenes(), 4), DataLoader(Scenes(), 4))
+    conductor, *others = nine_steps(max_cycles=2)
+    conductor = GradualUnfreeze(conductor.stages, train_bn=False, scheduler="replace")  # type: ignore[attr-defined]
+    trainer = quiet_trainer([conductor, *others])
+    trainer.fit(ScenesTask(), DataLoader(Scenes(), 4), DataLoader(Scenes(), 4))
+    assert trainer.current_epoch >= 2 + 3 + 1
+    assert "val_acc_tta" in trainer.callback_metrics
+
+
+@pytest.mark.filterwarnings("ignore:stage ")
+def test_nine_steps__run_on_a_hugging_face_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    trainer = quiet_trainer(nine_steps(max_cycles=2))
+    trainer.fit(HuggingFaceModule(build("ViT")), photo_loader(), photo_loader())
+    # plain is what the module logged itself: the logits were found in `outputs.logits`
+    assert trainer.callback_metrics["val_acc_plain"] == trainer.callback_metrics["val_acc"]
+    assert "val_acc_tta" in trainer.callback_metrics
+
+
+def test_fine_tune__solves_the_head_and_trains_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = TransferClassifier("digits_resnet", num_classes=5, pretrained=True)
+    trainer = quiet_trainer(fine_tune(2, lr=1e-3))
+    trainer.fit(module, datamodule=DigitsData(batch_size=10, train_per_class=20))
+    assert trainer.current_epoch == 1 + 2
+    assert trainer.callback_metrics["val_acc"] > 0.75  # by chance 0.2
