@@ -20,7 +20,6 @@ from lightning_unfreeze.cli import main
 from tests.conftest import UserModule, quiet_trainer, random_images
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:The dirpath has changed",
     "ignore:.*tensorboardX.*",
     "ignore:Checkpoint directory .* exists",
     "ignore:.*smaller than the logging interval",
@@ -65,6 +64,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_explain__needs_the_checkpoint_alone_and_lists_what_predict_image_gets_wrong(checkpoint: Path) -> None:
     main(["explain", "--ckpt_path", str(checkpoint), *QUIET])
+    runs = {path.name for path in checkpoint.parents[2].iterdir() if path.is_dir()}
+    assert runs == {"photos", checkpoint.parents[1].name}  # no run of its own
+    assert (checkpoint.parent / "tta.png").is_file()
     folder = checkpoint.parent / "explain_val"
     classifier = TransferClassifier.load_from_checkpoint(checkpoint)
     photos = sorted((checkpoint.parents[2] / "photos" / "val").rglob("*.png"))
@@ -95,6 +97,19 @@ def test_explain__without_a_checkpoint_or_a_config_says_so(tmp_path: Path, capsy
         with pytest.raises(SystemExit):
             main(["explain", *arguments])
         assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [("explain", ["--ckpt_path FILE", "--split {test,val}"]), ("export", ["--ckpt_path FILE", "--format {onnx,pt2}"])],
+)
+def test_help__names_the_options_of_the_command(
+    command: str, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0 and all(option in text for option in options), text
 
 
 def test_error_report__serves_any_module_and_needs_tta(tmp_path: Path) -> None:

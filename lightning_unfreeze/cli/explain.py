@@ -18,10 +18,14 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         ValueError: Without a checkpoint, or without a config.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--ckpt_path")
-    parser.add_argument("--config", "-c", action="append")
-    parser.add_argument("--split", choices=("test", "val"))
+    parser = argparse.ArgumentParser(
+        "lightning-unfreeze explain",
+        description="Shows where a checkpoint is wrong; other options are those of `lightning-unfreeze test`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--ckpt_path", metavar="FILE", help="a checkpoint of a fit; the report comes beside it")
+    parser.add_argument("--config", "-c", metavar="FILE", action="append", help="if not the one that the fit left")
+    parser.add_argument("--split", choices=("test", "val"), help="default: test where there is test data, else val")
     options, rest = parser.parse_known_args(list(arguments[1:]))
     if options.ckpt_path is None:
         raise ValueError("explain needs --ckpt_path FILE, a checkpoint of a fit.")

@@ -19,10 +19,14 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         ValueError: For an option that there is not, or without a checkpoint.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--ckpt_path")
-    parser.add_argument("--format", default="onnx")
-    parser.add_argument("--output")
+    parser = argparse.ArgumentParser(
+        "lightning-unfreeze export",
+        description="Writes a checkpoint as a file that runs without this package, and compares their probabilities.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--ckpt_path", metavar="FILE", help="a checkpoint of a fit")
+    parser.add_argument("--format", metavar="{onnx,pt2}", default="onnx", help="onnx (the default) or torch.export")
+    parser.add_argument("--output", metavar="FILE", help="default: beside the checkpoint")
     options, rest = parser.parse_known_args(list(arguments[1:]))
     if options.ckpt_path is None or rest or options.format not in ("onnx", "pt2"):
         raise ValueError(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
 
 import lightning_unfreeze
@@ -50,6 +52,8 @@ class UnfreezeCLI(LightningCLI):
             pl.LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
+            # what explains leaves no run of its own behind: its files lie beside the checkpoint
+            save_config_callback=None if explains else SaveConfigCallback,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             # -1 instead of Lightning's None: GradualUnfreeze sets the number, and None makes Lightning warn of 1000
@@ -72,6 +76,8 @@ class UnfreezeCLI(LightningCLI):
         Raises:
             MisconfigurationException: For options that go together badly, e.g. a callback that is listed twice.
         """
+        if self._explains:
+            kwargs["logger"] = False
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (RuntimeError, TypeError) as error:  # no user's code has run yet, so it is the config's fault
@@ -84,6 +90,9 @@ class UnfreezeCLI(LightningCLI):
             callbacks.append(TTAEval())
         if (self._explains or (self.subcommand == "test" and TTAEval in kinds)) and ErrorReport not in kinds:
             callbacks.append(ErrorReport())
+        for callback in trainer.checkpoint_callbacks if self._explains else ():
+            if isinstance(callback, ModelCheckpoint):
+                callback.dirpath = str(Path(self._get(self.config_init, "ckpt_path")).parent)
         return trainer
 
     def before_validate(self) -> None:

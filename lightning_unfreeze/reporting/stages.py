@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,13 +30,16 @@ def plot_stages(
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     names = sorted({name for _, values in rates for name in values}, key=_last_seen(rates))
     colours = [f"C{index}" for index in range(10)] if len(names) <= 10 else None
+    is_log = any(value > 0 for _, values in rates for value in values.values())
     for index, name in enumerate(names):
-        points = [(step, values.get(name, float("nan"))) for step, values in rates]
+        points = [(step, values.get(name, math.nan)) for step, values in rates]
+        if is_log:  # where a rate of 0 (a solved head's) has no place
+            points = [(step, rate if rate > 0 else math.nan) for step, rate in points]
         colour = colours[index] if colours else (0.1, 0.3 + 0.6 * index / len(names), 1 - index / len(names))
         top.plot(
             *zip(*points, strict=True), label=name, color=colour, linewidth=1.5, marker="." if len(points) < 3 else ""
         )
-    if any(value > 0 for _, values in rates for value in values.values()):
+    if is_log:
         top.set_yscale("log")
     top.set_ylabel("learning rate")
     if names:

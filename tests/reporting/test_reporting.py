@@ -95,6 +95,11 @@ def test_plot_stages__has_a_line_per_group_and_a_band_per_stage() -> None:
     assert (bottom.get_xlabel(), bottom.get_ylabel()) == ("optimizer step", "val_acc")
 
 
+def test_plot_stages__leaves_out_rates_of_zero_which_a_log_axis_cannot_hold() -> None:
+    figure = plot_stages([("solved", 0, 2), ("full", 2, 3)], [(1, {"head": 0.0}), (3, {"head": 0.1})], [], "val_acc")
+    assert [value != value for value in figure.axes[0].get_lines()[0].get_ydata()] == [True, False]
+
+
 @pytest.mark.parametrize("num_groups", [0, 1, 25])
 def test_plot_stages__draws_any_number_of_groups(num_groups: int, tmp_path: Path) -> None:
     rates = [(1, {f"g{index}": 0.1 for index in range(num_groups)})] if num_groups else []
