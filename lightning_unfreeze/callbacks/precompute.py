@@ -6,6 +6,8 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -57,7 +59,7 @@ from lightning_unfreeze.inside_lightning.transfer import (
 )
 from lightning_unfreeze.layers.kept import kept
 from lightning_unfreeze.reporting import progress_bar
-from lightning_unfreeze.seeding import keyed_rng
+from lightning_unfreeze.seeding import kept_rng, keyed_rng
 from lightning_unfreeze.stages.plan import Stage
 
 _PROBE_IMAGES = 8
@@ -141,6 +143,7 @@ class PrecomputeFeatures(StageCallback):
         self._source: FeatureDataset | ViewBatches | None = None
         self._earlier: list[StoredData] = []
         self._stage_index: int | None = None
+        self._looked_ahead = False
         self._decided: dict[str, Literal["features", "views", "images"]] = {}
         self._sources: list[tuple[Any, _DataLoaderSource]] = []
 
@@ -150,7 +153,7 @@ class PrecomputeFeatures(StageCallback):
         """Asks to be asked for the loaders; says what a lower precision costs."""
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self._decided = {}
+        self._decided, self._looked_ahead = {}, False
         if self.dtype in _PRECISION:
             rank_zero_info(f"features are stored as {self.dtype}: {_PRECISION[self.dtype]}, half the size of float32")
         # Lightning asks a private source for its loaders, and there is no public way to answer in its place; guarded by
@@ -172,6 +175,8 @@ class PrecomputeFeatures(StageCallback):
             self._leave_stage()
             self._stage_index = run.index
         loader, name = make(), run.stage.name
+        if split == "train":
+            self._look_ahead(trainer, run, loader)
         if (run.planned and not run.stage.precompute) or (split == "val" and "train" not in self._stored):
             return loader
         if split == "val" and (isinstance(trainer.limit_val_batches, int) or trainer.limit_val_batches < 1):
@@ -187,9 +192,7 @@ class PrecomputeFeatures(StageCallback):
                     stored = self._stored_data(trainer, host, run, data)
         except NoStoreError as reason:
             if run.stage.solve and split == "train":
-                raise MisconfigurationException(
-                    f"stage {name!r}: solve=True needs stored features, and there can be none: {reason}"
-                ) from None
+                raise _cannot_solve(run.stage, reason) from None
             prefix_found = isinstance(reason, _NotFilledError)
             data = data if prefix_found and split == "train" else None
             rank_zero_warn(f"stage {name!r} reads its {split} images as usual, without stored features: {reason}")
@@ -254,9 +257,27 @@ class PrecomputeFeatures(StageCallback):
             rank_zero_info(f"features are taken behind {prefix.boundary!r}, since {reason}")
         return stored
 
-    def _viewed_data(
-        self, trainer: pl.Trainer, host: Host, run: StageRun, split: Literal["train", "val"], loader: Any
-    ) -> ViewedData:
+    def _look_ahead(self, trainer: pl.Trainer, run: StageRun, loader: Any) -> None:
+        """Says, once and before anything trains, which later stages can have no store: what the loaders alone tell."""
+        if self._looked_ahead:
+            return
+        self._looked_ahead, host = True, _host(trainer)
+        for coming in (replace(run, stage=stage) for stage in run.later if stage.precompute):
+            look = partial(self._checked_views, trainer, coming, "train", loader)
+            try:
+                with kept_rng():  # a data module may draw from it when it is asked for its validation data
+                    together(host, look)
+            except NoStoreError as reason:
+                if coming.stage.solve:
+                    raise _cannot_solve(coming.stage, reason) from None
+                rank_zero_warn(
+                    f"stage {coming.stage.name!r} will read its images as usual, without stored features: {reason}"
+                )
+
+    def _checked_views(
+        self, trainer: pl.Trainer, run: StageRun, split: Literal["train", "val"], loader: Any
+    ) -> tuple[DataLoader[Any], list[Any]]:
+        """The loader and the dataset of each view, if they can be stored; no sample is read."""
         loader = check_loader(loader)
         if trainer.overfit_batches:  # type: ignore[attr-defined]
             raise NoStoreError("overfit_batches reads a few images only")
@@ -264,7 +285,12 @@ class PrecomputeFeatures(StageCallback):
             own = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
             own = loader.sampler if type(own) is BatchSampler else own
             raise NoStoreError(f"the validation loader has a sampler of its own ({type(own).__name__})")
-        views = self._views(trainer, run, split, loader)
+        return loader, self._views(trainer, run, split, loader)
+
+    def _viewed_data(
+        self, trainer: pl.Trainer, host: Host, run: StageRun, split: Literal["train", "val"], loader: Any
+    ) -> ViewedData:
+        loader, views = self._checked_views(trainer, run, split, loader)
         raw, raw_form = probe_batch(loader, views[0], _PROBE_IMAGES)
         with host.aside():
             fed, form, augmented = probe_feed(loader, views[0], _PROBE_IMAGES, host.feed)
@@ -566,6 +592,12 @@ def _trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
 def _same_everywhere(host: Host, prefix: FrozenPrefix) -> None:
     if len(set(host.gather((prefix.boundary, tuple(prefix.shapes))))) > 1:
         raise NoStoreError("the ranks found different boundaries")
+
+
+def _cannot_solve(stage: Stage, reason: NoStoreError) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"stage {stage.name!r}: solve=True needs stored features, and there can be none: {reason}"
+    )
 
 
 class _NotFilledError(NoStoreError):

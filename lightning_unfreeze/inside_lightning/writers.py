@@ -64,7 +64,7 @@ class PlanWatch:
         self.groups, self.stage_name, self.trained = groups, stage_name, trained
         self.parameters = [parameter for group in groups.values() for parameter in group]
         self.planned = [parameter.requires_grad for parameter in self.parameters]
-        self._before_first_step = True
+        self._before_first_backward = True
 
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """After a backward pass and before its step.
@@ -86,8 +86,9 @@ class PlanWatch:
                     f"set {planned:.4g}; written by {writers_of(RATES, trainer, pl_module)}: two writers of one "
                     "quantity; take it out there, or leave lr, lr_mult and cycles out of the stages"
                 )
-        if self._before_first_step:
-            self._before_first_step = False
+        # a step without a loss (None) has no backward pass to judge by
+        if self._before_first_backward and any(parameter.grad is not None for parameter in self.parameters):
+            self._before_first_backward = False
             self._say_what_got_no_gradient()
 
     def _changed(self) -> str:

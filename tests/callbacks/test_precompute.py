@@ -541,6 +541,51 @@ def test_precompute__what_cannot_be_stored_trains_as_usual_and_says_why(case, tm
         assert same_weights(weights_of(plain), weights_of(stored)) == []
 
 
+class EpochsAtWarnings(Callback):
+    """The epoch in which each line of `rank_zero_warn` of the callback was said."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.said: list[tuple[int, str]] = []
+        monkeypatch.setattr(
+            precompute, "rank_zero_warn", lambda line: self.said.append((self.trainer.current_epoch, line))
+        )
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.trainer = trainer
+
+
+def later_stages() -> list[Stage]:
+    """The first reads images, the second asks for a store."""
+    return [
+        Stage("first", train="all", epochs=1),
+        Stage("second", train="head", epochs=1, precompute=True),
+    ]
+
+
+@pytest.mark.parametrize("case", ["iterable", "several", "random images"])
+def test_precompute__that_a_later_stage_cannot_be_stored_is_said_before_anything_trains(case, tmp_path, monkeypatch):
+    kind, make, reason = REFUSED[case]
+    watch = EpochsAtWarnings(monkeypatch)
+    fit(tmp_path, seeded(kind), train=make(), stages=later_stages(), callbacks=[watch])
+    (epoch, line), (late, _) = watch.said
+    assert (epoch, late) == (0, 1)
+    assert line.startswith("stage 'second' will read its images as usual, without stored features") and reason in line
+
+
+def test_precompute__of_later_stages_that_can_be_stored_nothing_is_said(tmp_path, monkeypatch):
+    watch = EpochsAtWarnings(monkeypatch)
+    fit(tmp_path, train=loader(), stages=later_stages(), callbacks=[watch])
+    assert watch.said == [] and len(stores(tmp_path)) == 1
+
+
+def test_precompute__a_later_head_that_cannot_be_solved_is_refused_before_anything_trains(tmp_path):
+    module, solved = UserModule(), Stage("second", train="head", precompute=True, solve=True)
+    before = weights_of(module)
+    with pytest.raises(MisconfigurationException, match=r"stage 'second': solve=True needs stored.*iterable dataset"):
+        fit(tmp_path, module, train=REFUSED["iterable"][1](), stages=[*later_stages()[:1], solved])
+    assert same_weights(before, weights_of(module)) == []
+
+
 def seeded(kind: Any) -> Any:
     torch.manual_seed(0)
     return kind()
