@@ -104,9 +104,8 @@ def _page(
         f"<h2>Calibration</h2><p>Expected calibration error {ece:.3f}: how far confidence and accuracy lie apart, "
         f"0 at best.</p>{_plot(plots['calibration'], 'reliability plot')}"
     )
-    files = ", ".join(
-        f"<code>{name}</code>" for name in ("per_class.csv", "samples.csv", "confusion.csv", "calibration.csv")
-    )
+    tables = ("per_class", "samples", *(["confusion"] if "confusion" in plots else []), "calibration")
+    files = ", ".join(f"<code>{name}.csv</code>" for name in tables)
     parts.append(
         f"<p>All numbers: {files} in this folder; <code>samples.csv</code> lists every image, worst first.</p>"
     )
@@ -122,7 +121,8 @@ def _class_table(judged: Judged) -> str:
     rows = judged.class_rows()
     last = "best threshold" if judged.several else "most often taken for"
     shares = ("accuracy", "precision", "f1")
-    head = f"<tr><th>class<th>images<th>accuracy<th class=text>95 % interval<th>precision<th>F1<th class=text>{last}"
+    first = "recall" if judged.several else "accuracy"
+    head = f"<tr><th>class<th>images<th>{first}<th class=text>95 % interval<th>precision<th>F1<th class=text>{last}"
     lines = []
     for row in sorted(rows, key=lambda row: (row["accuracy"] != row["accuracy"], row["accuracy"])):
         accuracy, precision, f1 = (f"{row[name]:.1%}" if row[name] == row[name] else "–" for name in shares)
@@ -140,7 +140,8 @@ def _cell(judged: Judged, row: int, picture: Image) -> str:
     stream = io.BytesIO()
     picture.convert("RGB").save(stream, "JPEG", quality=80)
     uri = base64.b64encode(stream.getvalue()).decode()
-    truth, guess = (html.escape(judged.text_of(part[row]) or "none") for part in (judged.target, judged.guess))
+    texts = (judged.text_of(part[row]).replace(";", ", ") or "none" for part in (judged.target, judged.guess))
+    truth, guess = (html.escape(text) for text in texts)
     name = html.escape(str(judged.names[row]))
     said = guess if judged.right[row] else f"<b>{guess}</b>"
     return (

@@ -44,12 +44,13 @@ def model_card(checkpoint: Mapping[str, Any], judged: Judged, split: str, name: 
         "",
         f"## Scores on the {split} data",
         "",
-        f"{right} of {num} images right, {right / num:.1%} (95 % interval {low:.1%} to {high:.1%}); expected "
+        f"{right} of {num} images {'with all labels ' if judged.several else ''}right, {right / num:.1%} "
+        f"(95 % interval {low:.1%} to {high:.1%}); expected "
         f"calibration error {expected_calibration_error(judged.calibration()):.3f}.",
         "",
         *_table(
             [
-                ("class", "images", "accuracy", "95 % interval", "precision"),
+                ("class", "images", "recall" if judged.several else "accuracy", "95 % interval", "precision"),
                 *(
                     (
                         str(row["class"]),

@@ -72,6 +72,18 @@ def test_judged__several_labels_are_scikit_learns() -> None:
         assert row["best_f1"] == pytest.approx(best)
 
 
+def test_report__of_several_labels_calls_recall_by_its_name_and_lists_the_files_that_there_are(tmp_path: Path) -> None:
+    found = judged(several=True)
+    page = write_report(found, {0: Image.new("RGB", (9, 9))}, tmp_path, "title").read_text()
+    card = model_card({}, found, "val", "x.ckpt")
+    assert "<th>recall<" in page and "<th>accuracy<" not in page
+    assert "| recall |" in card and f"{int(found.right.sum())} of 60 images with all labels right" in card
+    assert set(re.findall(r"(\w+\.csv)", page)) == {path.name for path in tmp_path.glob("*.csv")}
+    single = write_report(judged(), {}, tmp_path / "single", "title")
+    assert "<th>accuracy<" in single.read_text() and "| accuracy |" in model_card({}, judged(), "val", "x.ckpt")
+    assert set(re.findall(r"(\w+\.csv)", single.read_text())) == {path.name for path in single.parent.glob("*.csv")}
+
+
 def test_best_threshold__does_not_part_equal_scores() -> None:
     assert best_threshold(np.array([0.9, 0.5, 0.5, 0.1]), np.array([True, True, False, False])) == (0.5, 0.8)
 
