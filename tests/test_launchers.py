@@ -25,7 +25,7 @@ from lightning_unfreeze.callbacks.base import StageCallback
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.stages.plan import Stage
 from tests.conftest import SmallNet, UserModule, keyed_loader, loader, quiet_trainer, random_images
-from tests.test_distributed import needs_fork, ranks_differ_by
+from tests.inside_lightning.test_distributed import needs_fork, ranks_differ_by
 
 pytestmark = [
     pytest.mark.ddp,

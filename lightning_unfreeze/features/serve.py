@@ -286,6 +286,8 @@ def _as_it_is(batch: Any) -> Any:
 
 def view_batches(data: ViewedData, view: int, rows: Tensor) -> Iterator[tuple[Tensor, Any]]:
     """Pairs of rows `(B,)` and the collated batch of those samples, read as the user's loader reads."""
+    if not len(rows):  # torch splits nothing into one empty part
+        return iter(())
     parts = torch.split(rows, pass_size(data.loader))
     few = len(parts) == 1  # not worth the start of worker processes
     batches = DataLoader(

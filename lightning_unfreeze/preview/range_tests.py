@@ -43,6 +43,9 @@ class _RangeTestProbe(Probe):
         self.finder = finders[0] if finders else LRFinderPerStage()
         self.results: dict[str, RangeTest] = {}
 
+    def preflight(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leaves out what stages need of validation: a range test needs none."""
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Makes the range tests, each as at the start of its stage."""
         asked = [stage for stage in self.stages if stage.lr == "find"] or self.stages
