@@ -133,6 +133,7 @@ class CosineRestarts(StageCallback):
         # what the present weights scored in validation, and after which optimizer step
         self._value: float | None = None
         self._value_step = -1
+        self._scores: dict[str, float] = {}  # all that was logged with it
         self._judge: Judge | None = None
         self._best: KeptWeights | None = None
         self._went_back: tuple[int, int] | None = None  # to the weights of which optimizer step, and when
@@ -360,6 +361,7 @@ class CosineRestarts(StageCallback):
         self._find_monitor(trainer)
         if trainer.sanity_checking or self.run is None:
             return
+        self._scores = _scalars(trainer)
         value = self._logged_value(trainer)
         self._value, self._value_step = value, trainer.global_step
         stage, judge, epoch = self.run.stage, self._judge, trainer.current_epoch + 1 - self.run.start_epoch
@@ -411,8 +413,9 @@ class CosineRestarts(StageCallback):
     def _note_scores(self, trainer: pl.Trainer) -> None:
         """What is known of the best weights; all of it is not before the end of their epoch."""
         if self._best is not None and self._best.step == trainer.global_step:
-            logged = trainer.callback_metrics.items()
-            self._best.scores = {name: float(value) for name, value in logged if value.numel() == 1}
+            # a process that goes on at a stage's start has logged nothing yet: the one before it had
+            self._scores = _scalars(trainer) or self._scores
+            self._best.scores = dict(self._scores)
 
     def _conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
         """Goes back to the best of the stage, if that is not what the module is."""
@@ -569,7 +572,11 @@ class _GoesBack(Callback):
         self.restarts.after_validation(trainer, pl_module)
 
 
-_PLAIN_STATE = ("_value", "_value_step", "_epoch_step", "_cycle")
+_PLAIN_STATE = ("_value", "_value_step", "_scores", "_epoch_step", "_cycle")
+
+
+def _scalars(trainer: pl.Trainer) -> dict[str, float]:
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
 
 
 def _ends_cycle(stage: Stage, epoch: int) -> bool:
