@@ -666,6 +666,7 @@ def test_dask__without_workers_ends_with_an_error_and_goes_on_later(
         list(made)
     done = len(log.read())
     assert 1 <= done < 30
+    monkeypatch.setattr(workers, "NO_WORKER_SECONDS", 60.0)  # a new one takes a while to start
     cluster.workers.append(start("distributed.cli.dask_worker", cluster.address, "--no-nanny", "--no-dashboard"))
     assert len(list(missing_runs(tasks, log, there, None, None))) == 30 - done  # type: ignore[arg-type]
 
