@@ -21,15 +21,7 @@ _NOT_THE_USERS = ("lightning.", "pytorch_lightning.", "lightning_unfreeze.", "to
 
 
 def writers_of(words: Collection[str], trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
-    """The methods of the module and of the user's callbacks whose code mentions one of `words`, as one phrase.
-
-    Example:
-        >>> class Own(pl.LightningModule):
-        ...     def on_train_epoch_start(self):
-        ...         self.requires_grad_(self.current_epoch > 2)
-        >>> writers_of(FREEZING, pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"), Own())
-        'Own.on_train_epoch_start'
-    """
+    """The methods of the module and of the user's callbacks whose code mentions one of `words`, as one phrase."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     found = [name for owner in (pl_module, *callbacks) for name in _mentioning(type(owner), words)]
     return " or ".join(dict.fromkeys(found)) or f"a hook of {type(pl_module).__name__} or a callback"

@@ -102,9 +102,9 @@ def given_lr(group: Mapping[str, Any]) -> float:
 def own_ratios(param_groups: Sequence[Mapping[str, Any]], last: str) -> list[float]:
     """The given rate of each param group over the highest of the last layer group: the ratios that the user chose.
 
-    >>> groups = [{"layer_group": "stem", "given_lr": 0.01}, {"layer_group": "head", "given_lr": 0.1}]
+    >>> groups = [{"layer_group": "stem", "given_lr": 0.25}, {"layer_group": "head", "given_lr": 0.5}]
     >>> own_ratios(groups, "head")
-    [0.1, 1.0]
+    [0.5, 1.0]
     """
     reference = max((given_lr(group) for group in param_groups if layer_group_of(group) == last), default=0.0)
     return [given_lr(group) / reference if reference > 0 else 1.0 for group in param_groups]

@@ -29,6 +29,7 @@ class Claims:
     >>> claims = Claims(Path(tempfile.mkdtemp()) / "claims")
     >>> claims.take("0123456789abcdef"), claims.take("0123456789abcdef")
     (True, True)
+    >>> claims.close()
     """
 
     def __init__(self, path: Path) -> None:
