@@ -167,7 +167,6 @@ class Probe(GradualUnfreeze):
         The user's callbacks and loggers would act on, and write about, a run that is none.
         """
         user = self.user_trainer
-        limit = user.limit_train_batches
         trainer = pl.Trainer(
             accelerator=user.strategy.root_device.type,
             devices=1,
@@ -178,8 +177,11 @@ class Probe(GradualUnfreeze):
             enable_checkpointing=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
-            limit_val_batches=0,
-            limit_train_batches=None if isinstance(limit, float) and limit == 1 else limit,  # 1 is a single batch
+            limit_train_batches=_given(user.limit_train_batches),
+            # as the user validates, for the checks of `until`; it ends before it would
+            limit_val_batches=_given(user.limit_val_batches),
+            val_check_interval=_given(user.val_check_interval),
+            check_val_every_n_epoch=user.check_val_every_n_epoch,
             **options,
         )
         trainer.fit(self.user_module, datamodule=datamodule)
@@ -199,6 +201,11 @@ class Probe(GradualUnfreeze):
 
     def _sets_rates(self, trainer: pl.Trainer) -> bool:
         return True
+
+
+def _given(share: float) -> float | None:
+    """As `Trainer` takes it: 1 would be a single batch, None is all."""
+    return None if isinstance(share, float) and share == 1 else share
 
 
 class _PlanProbe(Probe):

@@ -632,7 +632,7 @@ def record_of(task: Any) -> RunRecord:
 
 def made_up_tasks(count: int) -> list[Task]:
     arm = Arm("full9", (Stage("full", epochs=1),))
-    return [Task(f"{index:024x}", arm, index, arm.stages, "test", "full9") for index in range(count)]
+    return [Task(f"{index:015x}{0:09x}", arm, index, arm.stages, "test", "full9") for index in range(count)]
 
 
 @pytest.mark.slow

@@ -468,13 +468,13 @@ def test_accuracy_verdict__comparisons_share_the_level() -> None:
     shared = s.accuracy_verdict(d, 1.0, comparisons=4)
     assert shared.outcome == "undecided" and shared.interval.level == pytest.approx(0.9875)
     assert shared.interval.low < 0
-    # any of four null arms is called something in at most 5 %
+    # any of four null arms is called something in at most 5 % (and 3 standard errors of 4000 studies)
     rng = np.random.default_rng(2)
     wrong = [
         any(s.accuracy_verdict(rng.normal(0, 3, 10), 1.0, comparisons=4).outcome != "undecided" for _ in range(4))
-        for _ in range(600)
+        for _ in range(4000)
     ]
-    assert np.mean(wrong) <= 0.06
+    assert 0.03 <= np.mean(wrong) <= 0.06
 
 
 @pytest.mark.parametrize(("comparisons", "least"), [(1, 6), (2, 7), (4, 8), (5, 8), (18, 10)])
