@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lightning_unfreeze.recipe import nine_steps as nine_steps
     from lightning_unfreeze.stages.plan import Stage as Stage
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _ROOM_OF = {
     "BestWeights": "callbacks.snapshots",

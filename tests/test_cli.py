@@ -88,6 +88,23 @@ def test_config__is_complete_and_runs(name: str, tmp_path: Path, monkeypatch: py
     assert last["epoch"] + 1 == sum(int(row["epochs"]) for row in rows)
 
 
+@pytest.mark.parametrize("option", [["--config", "configs/quickstart.yaml"], ["--config=configs/quickstart.yaml"]])
+def test_configs__of_the_package_are_found_from_any_folder(
+    option: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *option, "--print_config"])
+    assert stop.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["trainer"]["default_root_dir"] == "runs/quickstart"
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "quickstart.yaml").write_text("trainer: {default_root_dir: mine}")
+    with pytest.raises(SystemExit):
+        main(["fit", *option, "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["trainer"]["default_root_dir"] == "mine"
+
+
 QUICK = ["--config", str(CONFIGS / "quickstart.yaml"), "--trainer.logger=false", "--trainer.enable_checkpointing=false"]
 
 

@@ -35,7 +35,7 @@ _COMMANDS = {
     "rank": "rank",
     "study": "study",
 }
-_ROOT = Path(__file__).parents[1]
+_PACKAGE = Path(__file__).parents[1]
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -66,12 +66,13 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _with_packaged_configs(arguments: list[str]) -> list[str]:
-    """`configs/NAME.yaml` means the packaged file where the current folder has none."""
+    """`configs/NAME.yaml` means the package's own file where the current folder has none."""
     found = []
     for argument in arguments:
         head, equals, tail = argument.rpartition("=")
-        packaged = _ROOT / "configs" / Path(tail).name
-        if Path(tail).parts[:1] == ("configs",) and not Path(tail).exists() and packaged.is_file():
-            tail = str(packaged)
+        if Path(tail).parts[:1] == ("configs",) and not Path(tail).exists():
+            homes = (_PACKAGE / "configs", _PACKAGE.parent / "configs")  # of a wheel; of a checkout, installed with -e
+            packaged = [home / Path(tail).name for home in homes if (home / Path(tail).name).is_file()]
+            tail = str(packaged[0]) if packaged else tail
         found.append(head + equals + tail)
     return found
