@@ -87,10 +87,10 @@ def test_inline_code__calls_take_these_arguments(page: Path) -> None:
 def test_refusals__are_quoted_as_they_are_raised(page: Path) -> None:
     """In tables with a column "message" or "reason", what is in code stands in the source, "..." for a value."""
     for table in re.findall(
-        r"^\|[^\n]*\| (?:message|reason in the warning) \|\n\|[-|]+\|\n((?:\|.*\n)+)", page.read_text(), re.M
+        r"^ *\|[^\n]*\| (?:message|reason in the warning) \|\n *\|[-|]+\|\n((?: *\|.*\n)+)", page.read_text(), re.M
     ):
         for row in table.splitlines():
-            for message in re.findall(r"`([^`]+)`", row.split(" | ")[-1]):
+            for message in re.findall(r"`([^`]+)`", row.rsplit(" | ", 1)[-1]):
                 for part in message.split("..."):
                     assert part.strip(" ,:;'[]") in SOURCE, message
 
