@@ -281,7 +281,8 @@ def test_plan__counts_frozen_modules_that_a_container_only_holds(tmp_path: Path)
             return torch.utils.data.DataLoader(images, batch_size=10)
 
     stage = Stage("head", train="head", epochs=3, precompute=True)
-    (row,) = plan_costs(quiet_trainer([GradualUnfreeze([stage]), PrecomputeFeatures()]), Listed(), Data())
+    with pytest.warns(UserWarning, match=r"'head' will read its images as usual.*no floating point or uint8"):
+        (row,) = plan_costs(quiet_trainer([GradualUnfreeze([stage]), PrecomputeFeatures()]), Listed(), Data())
     backbone, head = 2 * 20 * (16 * 16 + 16 * 32), 2 * 20 * 32 * 4
     assert row.flops == pytest.approx(backbone + 3 * 2 * head)  # the head: forward, and its weight's gradient
 

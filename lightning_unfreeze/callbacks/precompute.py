@@ -228,13 +228,10 @@ class PrecomputeFeatures(StageCallback):
         Raises:
             NoStoreError: If there can be none, on all ranks alike.
         """
-        reason, owners = "", [*trainer.callbacks, trainer.lightning_module]  # type: ignore[attr-defined]
+        reason, owners = "", _owners(trainer)
         with host.aside(), torch.enable_grad():
             if data.name == "train":
-                writer = together(host, lambda: _who_changes_batches(trainer, owners, data))
-                if writer:
-                    raise NoStoreError(f"{writer} changes the batch, which is to be done to images, not to features")
-                prefix, reason = together(host, lambda: find_shortcut(host, data))
+                prefix, reason = _shortcut(trainer, host, data, owners)
             else:
                 prefix = self._stored["train"].prefix
                 host.network.eval()
@@ -268,11 +265,7 @@ class PrecomputeFeatures(StageCallback):
                 with kept_rng():  # a data module may draw from it when it is asked for its validation data
                     together(host, look)
             except NoStoreError as reason:
-                if coming.stage.solve:
-                    raise _cannot_solve(coming.stage, reason) from None
-                rank_zero_warn(
-                    f"stage {coming.stage.name!r} will read its images as usual, without stored features: {reason}"
-                )
+                _say_it_will_read_images(coming.stage, reason)
 
     def _checked_views(
         self, trainer: pl.Trainer, run: StageRun, split: Literal["train", "val"], loader: Any
@@ -306,7 +299,8 @@ class PrecomputeFeatures(StageCallback):
             return [dataset]
         transform = self.eval_transform
         if transform is None:
-            source = trainer.fit_loop.epoch_loop.val_loop._data_source.inner  # type: ignore[attr-defined]
+            source: Any = trainer.fit_loop.epoch_loop.val_loop._data_source
+            source = getattr(source, "inner", source)
             val = source.dataloader() if source.instance is not None and source.is_defined() else None
             transform = evaluation_transform(dataset, getattr(val, "dataset", None))
         elif transform_of(dataset) is None:
@@ -372,7 +366,7 @@ class PrecomputeFeatures(StageCallback):
             self._source.view = (trainer.current_epoch - run.start_epoch) % len(self._source.views)
 
     def preflight(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stages: Sequence[Stage]) -> None:
-        """Refuses to solve a head that is not linear."""
+        """Refuses to solve a head that is not linear; says what will read images where no fit would say it."""
         for stage in stages:
             if stage.solve:
                 leading: Any = conductor(trainer)  # a plan's, which has layer groups
@@ -381,6 +375,28 @@ class PrecomputeFeatures(StageCallback):
                     linear_head(pl_module, head.parameters())
                 except NotLinearError as reason:
                     raise MisconfigurationException(f"stage {stage.name!r}, solve=True: {reason}") from None
+        stored = [stage for stage in stages if stage.precompute]
+        if stored and not self._sources:  # `plan` and `fast_dev_run`, which store nothing
+            self._try_shortcuts(trainer, stored)
+
+    def _try_shortcuts(self, trainer: pl.Trainer, stages: Sequence[Stage]) -> None:
+        """Says of each stage what a fit would, where it can have no store; a batch is read, and nothing is written."""
+        leading, host = conductor(trainer), _host(trainer)
+        run, owners = leading.current_run(trainer), _owners(trainer)
+        with kept_rng():
+            trainer.fit_loop.setup_data()
+            for stage in stages:
+                leading.make_ready(trainer, stage)
+                coming = replace(run, stage=stage)
+                look = partial(self._viewed_data, trainer, host, coming, "train", trainer.train_dataloader)
+                try:
+                    with in_eval_mode(*leading.frozen_roots()):
+                        data = together(host, look)
+                        with host.aside(), torch.enable_grad():
+                            _shortcut(trainer, host, data, owners)
+                except NoStoreError as reason:
+                    _say_it_will_read_images(stage, reason)
+            leading.make_ready(trainer, run.stage)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Has the loaders asked for again, if `configure_optimizers` asked for them before there was a stage.
@@ -532,7 +548,7 @@ class PrecomputeFeatures(StageCallback):
             stored.prefix.remove()  # a batch that another callback skipped had no end
             images = stored.data.form.images(batch)
             hook = "on_train_batch_start" if split == "train" else "on_validation_batch_start"
-            owners = _who_may_change_batches([*trainer.callbacks, trainer.lightning_module], hook)  # type: ignore[attr-defined]
+            owners = _who_may_change_batches(_owners(trainer), hook)
             names = [f"{hook} of {type(owner).__name__}" for owner in owners]
             stored.prefix.suspects = " or ".join(["the step", *names])
             stored.prefix.install(images)
@@ -585,6 +601,23 @@ class _StageSource(_DataLoaderSource):
         return self.callback.loader_for(self.trainer, self.split, self.inner.dataloader)
 
 
+def _owners(trainer: pl.Trainer) -> list[Any]:
+    """Whose hooks are called; not known `aside`, where there are no callbacks."""
+    return [*trainer.callbacks, trainer.lightning_module]  # type: ignore[attr-defined]
+
+
+def _shortcut(trainer: pl.Trainer, host: Host, data: ViewedData, owners: list[Any]) -> tuple[FrozenPrefix, str]:
+    """That of the training step, and why it does not lie deeper; called `aside`.
+
+    Raises:
+        NoStoreError: If there is none, on all ranks alike.
+    """
+    writer = together(host, lambda: _who_changes_batches(trainer, owners, data))
+    if writer:
+        raise NoStoreError(f"{writer} changes the batch, which is to be done to images, not to features")
+    return together(host, lambda: find_shortcut(host, data))
+
+
 def _trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
@@ -598,6 +631,12 @@ def _cannot_solve(stage: Stage, reason: NoStoreError) -> MisconfigurationExcepti
     return MisconfigurationException(
         f"stage {stage.name!r}: solve=True needs stored features, and there can be none: {reason}"
     )
+
+
+def _say_it_will_read_images(stage: Stage, reason: NoStoreError) -> None:
+    if stage.solve:
+        raise _cannot_solve(stage, reason) from None
+    rank_zero_warn(f"stage {stage.name!r} will read its images as usual, without stored features: {reason}")
 
 
 class _NotFilledError(NoStoreError):

@@ -142,7 +142,7 @@ class CosineRestarts(StageCallback):
         self._epoch_step = 0  # the optimizer step that the present epoch began with
         self._steps = 1  # optimizer steps of an epoch
         self._last_step = -1
-        self._factor: tuple[_Time, float] | None = None
+        self._factor: tuple[tuple[int, int], float] | None = None  # at (epoch, steps of it)
 
     # --- before training -------------------------------------------------------------------------------------------
 
@@ -228,6 +228,7 @@ class CosineRestarts(StageCallback):
     # --- the schedule ----------------------------------------------------------------------------------------------
 
     def _count_steps(self, trainer: pl.Trainer) -> None:
+        self._factor = None
         if not math.isinf(trainer.num_training_batches):
             # Lightning also steps at the last batch of an epoch, where the accumulation window is not full
             self._steps = -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
@@ -259,11 +260,15 @@ class CosineRestarts(StageCallback):
                 "Trainer(max_epochs=...), or CosineRestarts(cycle_len=...)"
             )
 
+    def _done(self, trainer: pl.Trainer, *, to_come: bool) -> int:
+        """Steps of the epoch that are done; of a step `to_come` never past the epoch that it belongs to."""
+        return min(trainer.global_step - self._epoch_step, self._steps - 1 if to_come else self._steps)
+
     def _place(self, trainer: pl.Trainer, *, to_come: bool) -> Fraction:
-        """Epochs of the stage that are done; for a step `to_come` never past the epoch that it belongs to."""
+        """Epochs of the stage that are done."""
         if self.run is None:
             return Fraction(0)
-        done = min(trainer.global_step - self._epoch_step, self._steps - 1 if to_come else self._steps)
+        done = self._done(trainer, to_come=to_come)
         return trainer.current_epoch - self.run.start_epoch + Fraction(done, self._steps)
 
     def multiplier(self, place: float | Fraction) -> float:
@@ -278,10 +283,12 @@ class CosineRestarts(StageCallback):
     def _write(self, trainer: pl.Trainer, *, to_come: bool) -> None:
         if self.run is None:
             return
-        place = self._place(trainer, to_come=to_come)
-        if self._factor is None or self._factor[0] != place:  # asked for at both ends of a batch
-            self._factor = place, self.multiplier(place)
-        multiplier = self._factor[1]
+        multiplier = 1.0
+        if self._course is not None:
+            at = trainer.current_epoch, self._done(trainer, to_come=to_come)
+            if self._factor is None or self._factor[0] != at:  # asked for at both ends of a batch
+                self._factor = at, self.multiplier(self._place(trainer, to_come=to_come))
+            multiplier = self._factor[1]
         momentum = None if self.momentum is None else cycling_momentum(multiplier, *self.momentum)
         for group in trainer.optimizers[0].param_groups:
             scale_lr(group, multiplier)
@@ -308,21 +315,21 @@ class CosineRestarts(StageCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Says where a cycle ends; writes the next rates, for callbacks that log them."""
-        if self.run is None:
-            return
-        place = self._place(trainer, to_come=False)
         if trainer.global_step != self._last_step:  # not inside an accumulation window
             self._last_step = trainer.global_step
-            self._log_progress(trainer, place)
+            self._log_progress(trainer)
             self._write(trainer, to_come=False)
+        if self.run is None or self._cycle is None:
+            return
         # a batch of the epoch may have been skipped: its end is the end
-        if trainer.is_last_batch:
-            place = Fraction(trainer.current_epoch + 1 - self.run.start_epoch)
-        self._note_cycle(trainer, pl_module, place)
+        ended = trainer.is_last_batch
+        epochs = trainer.current_epoch + 1 - self.run.start_epoch
+        self._note_cycle(trainer, pl_module, Fraction(epochs) if ended else self._place(trainer, to_come=False))
 
-    def _log_progress(self, trainer: pl.Trainer, place: Fraction) -> None:
-        before = place - Fraction(1, self._steps)  # the cycle of the step that is done, not of the one to come
+    def _log_progress(self, trainer: pl.Trainer) -> None:
         if self._course is not None and is_due_to_log(trainer):
+            place = self._place(trainer, to_come=False)
+            before = place - Fraction(1, self._steps)  # the cycle of the step that is done, not of the one to come
             index, start, length = self._course.at(before)
             progress = {"cycle": float(index), "cycle_progress": (float(place) - start) / length}
             for logger in trainer.loggers:

@@ -10,10 +10,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from lightning_unfreeze.callbacks.base import StageRun, players
+from lightning_unfreeze.callbacks.base import Conductor, StageRun
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.features.shortcut import seconds
 from lightning_unfreeze.inside_lightning.sandbox import sandbox
@@ -192,9 +194,13 @@ class Probe(GradualUnfreeze):
         return self.enter_stage(trainer)
 
     def preflight(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Asks the user's players, with the trainer that the module is attached to."""
-        for player in players(self.user_trainer):
-            player.preflight(trainer, pl_module, self.stages)
+        """Asks the user's players, with the trainer that the module is attached to, beside the user's callbacks."""
+        users: list[Any] = self.user_trainer.callbacks  # type: ignore[attr-defined]
+        trainer.callbacks = [self, *(each for each in users if not isinstance(each, Conductor))]  # type: ignore[attr-defined]
+        try:
+            super().preflight(trainer, pl_module)
+        finally:
+            trainer.callbacks = [self]  # type: ignore[attr-defined]
 
     def _check_needs(self, trainer: pl.Trainer) -> None:
         """The players are the original trainer's, and were checked there."""
@@ -226,9 +232,9 @@ class _PlanProbe(Probe):
         if stage.image_size_px is not None:
             self._set_image_size(trainer, stage)
             loader = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
-        batch = batch_on_device(trainer, pl_module, next(iter(loader)))
+        batch = batch_on_device(trainer, pl_module, next(iter(CombinedLoader(loader)))[0])
         batches = int(trainer.num_training_batches)
-        images = len(loader.dataset) if hasattr(loader, "dataset") else 0
+        images = sized_len(getattr(loader, "dataset", None)) or 0
         self.enter(trainer, stage)
         trained, parameters = self.trained(stage), sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         step_flops, frozen_flops, step_seconds = self._measure(trainer, pl_module, batch)

@@ -40,6 +40,7 @@ from lightning_unfreeze.features.fill import FeaturePass
 from lightning_unfreeze.features.resident import ResidentStore
 from lightning_unfreeze.features.store import FeatureStore
 from lightning_unfreeze.layers.groups import layer_groups
+from lightning_unfreeze.preview.costs import plan_costs
 from lightning_unfreeze.stages.plan import Stage
 from tests.conftest import SmallNet, UserModule, loader, quiet_trainer, random_images, same_weights, weights_of
 
@@ -554,6 +555,15 @@ class EpochsAtWarnings(Callback):
         self.trainer = trainer
 
 
+class Loaded(pl.LightningDataModule):
+    def __init__(self, train: Any) -> None:
+        super().__init__()
+        self.train = train
+
+    def train_dataloader(self) -> Any:
+        return self.train
+
+
 def later_stages() -> list[Stage]:
     """The first reads images, the second asks for a store."""
     return [
@@ -576,6 +586,49 @@ def test_precompute__of_later_stages_that_can_be_stored_nothing_is_said(tmp_path
     watch = EpochsAtWarnings(monkeypatch)
     fit(tmp_path, train=loader(), stages=later_stages(), callbacks=[watch])
     assert watch.said == [] and len(stores(tmp_path)) == 1
+
+
+class OwnNoise(Callback):
+    """Changes the batch of every step, as a MixUp callback does."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any) -> None:
+        batch[0].add_(torch.randn_like(batch[0]))
+
+
+@pytest.mark.parametrize("case", [*REFUSED, "own callback"])
+@pytest.mark.parametrize("look", ["fast_dev_run", "plan"])
+def test_precompute__that_a_stage_will_fall_back_is_said_without_a_fit(look, case, tmp_path, monkeypatch):
+    """`fast_dev_run` and `plan` store nothing, and say of each stage what a fit says when it comes to it."""
+    own = (UserModule, ordered, "OwnNoise.on_train_batch_start changes the batch")
+    kind, make, reason = {**REFUSED, "own callback": own}[case]
+    watch = EpochsAtWarnings(monkeypatch)
+    callbacks = [watch, OwnNoise()] if case == "own callback" else [watch]
+    if look == "fast_dev_run":
+        fit(tmp_path, seeded(kind), train=make(), stages=later_stages(), callbacks=callbacks, fast_dev_run=True)
+    else:
+        player = PrecomputeFeatures(tmp_path, policy="always")
+        trainer = quiet_trainer([GradualUnfreeze(later_stages()), player, *callbacks], limit_train_batches=2)
+        watch.trainer = trainer
+        plan_costs(trainer, seeded(kind), Loaded(make()))
+    ((_, line),) = watch.said
+    assert line.startswith("stage 'second' will read its images as usual, without stored features") and reason in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("look", ["fast_dev_run", "plan"])
+def test_precompute__without_a_fit_nothing_is_said_of_stages_that_can_be_stored(look, tmp_path, monkeypatch):
+    watch, module = EpochsAtWarnings(monkeypatch), seeded(UserModule)
+    if look == "fast_dev_run":
+        plain, _ = fit(None, seeded(UserModule), stages=head_stage(False), fast_dev_run=True)
+        fit(tmp_path, module, stages=[*head_stage(True), *later_stages()], callbacks=[watch], fast_dev_run=True)
+        assert same_weights(weights_of(plain), weights_of(module)) == []
+    else:
+        before = weights_of(module)
+        trainer = quiet_trainer([GradualUnfreeze(later_stages()), PrecomputeFeatures(tmp_path), watch])
+        watch.trainer = trainer
+        plan_costs(trainer, module, Loaded(ordered()))
+        assert same_weights(before, weights_of(module)) == []
+    assert watch.said == [] and list(tmp_path.iterdir()) == []
 
 
 def test_precompute__a_later_head_that_cannot_be_solved_is_refused_before_anything_trains(tmp_path):
