@@ -32,6 +32,7 @@ from lightning_unfreeze.inside_lightning.weights import (
     renew_last_checkpoints,
     save_weights,
 )
+from lightning_unfreeze.inside_lightning.writers import check_rates
 from lightning_unfreeze.layers.param_groups import scale_lr
 from lightning_unfreeze.reporting import is_due_to_log, report_dir
 from lightning_unfreeze.stages.cycles import Course, as_fraction, cycle_at
@@ -283,6 +284,7 @@ class CosineRestarts(StageCallback):
     def _write(self, trainer: pl.Trainer, *, to_come: bool) -> None:
         if self.run is None:
             return
+        check_rates(trainer, trainer.lightning_module, self.run.stage.name)  # before this overwrites another's
         multiplier = 1.0
         if self._course is not None:
             at = trainer.current_epoch, self._done(trainer, to_come=to_come)

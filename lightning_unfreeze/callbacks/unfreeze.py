@@ -302,7 +302,7 @@ class GradualUnfreeze(Conductor):
         frozen = frozen_modules(module, self.groups, self.trained(stage), everything - trained)
         self._modes.begin(frozen if self.train_bn else [*frozen, *pretrained_batch_norm(module, self.groups)])
         rebuild_ddp(trainer)
-        self._watch = PlanWatch(self.groups, stage.name, self.trained(stage))
+        self._watch = PlanWatch(self.groups, stage.name, self.trained(stage), self._modes)
 
     def _set_image_size(self, trainer: pl.Trainer, stage: Stage | None) -> None:
         """Tells the data module, in a plan of several sizes; None is the end of the fit."""
@@ -448,12 +448,13 @@ class GradualUnfreeze(Conductor):
         )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leaves the Trainer as it was; on Ctrl-C prints the table so far, and how to go on."""
+        """Leaves Trainer and modes as they were; on Ctrl-C prints the table so far, and how to go on."""
         if isinstance(exception, KeyboardInterrupt) and self.progress.phase == "announced":
             self._close_row(trainer, trainer.current_epoch)
             self.journal.write(trainer)
             rank_zero_info(f"interrupted in stage {self.stages[self._index].name!r}; {how_to_go_on(trainer)}")
         self._let_go(trainer)
+        self._modes.end()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leaves `requires_grad` as the last stage had it; train/eval modes and the progress bar as they were."""

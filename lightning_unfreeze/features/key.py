@@ -114,6 +114,10 @@ def function_fingerprint(prefix: FrozenPrefix) -> str:
         for path, module in prefix.network.get_submodule(name).named_modules(prefix=name):
             said = re.sub(r"\b0x[0-9a-fA-F]+", "", module.extra_repr())
             hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+            # ours change no output: they say where a stage freezes from
+            hooks = [
+                hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("lightning_unfreeze.")
+            ]
             held = sorted((key, value) for key, value in vars(module).items() if key not in _MODULE_INTERNALS)
             settings = [[key, describe.of(value)] for key, value in held if _is_setting(value)]
             parts.append([path, describe.of(type(module)), said, settings, [_code_of(hook) for hook in hooks]])

@@ -12,8 +12,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_unfreeze.layers.groups import LayerGroup
+from lightning_unfreeze.layers.modes import FrozenModes
 
 FREEZING = frozenset({"requires_grad", "requires_grad_", "freeze", "unfreeze"})
+ADDING = frozenset({"add_param_group"})
+MODES = frozenset({"train", "training"})
 RATES = frozenset({"param_groups", "lr_schedulers"})
 # these only make what the plan then sets, or are called on purpose
 _BEFORE_THE_FIT = frozenset({"__init__", "configure_optimizers", "configure_model", "layer_groups", "setup"})
@@ -43,6 +46,22 @@ def _names_in(code: CodeType) -> set[str]:
     return set(code.co_names).union(*map(_names_in, inner))
 
 
+def check_rates(trainer: pl.Trainer, pl_module: pl.LightningModule, stage_name: str) -> None:
+    """Whether the rates in force are those that were written last.
+
+    Raises:
+        MisconfigurationException: Where something else wrote one; it names the writer.
+    """
+    for group in trainer.optimizers[0].param_groups:
+        rate, planned = group["lr"], group.get("planned_lr")
+        if planned is not None and rate != planned and not isinstance(rate, Tensor):
+            raise MisconfigurationException(
+                f"stage {stage_name!r}: the learning rate of {group.get('name', 'the optimizer')!r} is {rate:.4g}, and "
+                f"the stage set {planned:.4g}; written by {writers_of(RATES, trainer, pl_module)}: two writers of one "
+                "quantity; take it out there, or leave lr, lr_mult and cycles out of the stages"
+            )
+
+
 class PlanWatch:
     """Compares, before each optimizer step, what is in force with what the plan set: cheap enough for every step.
 
@@ -50,10 +69,13 @@ class PlanWatch:
         groups: All layer groups.
         stage_name: For the messages.
         trained: The names of the layer groups that train.
+        modes: Of what is frozen.
     """
 
-    def __init__(self, groups: Mapping[str, LayerGroup], stage_name: str, trained: Collection[str]) -> None:
-        self.groups, self.stage_name, self.trained = groups, stage_name, trained
+    def __init__(
+        self, groups: Mapping[str, LayerGroup], stage_name: str, trained: Collection[str], modes: FrozenModes
+    ) -> None:
+        self.groups, self.stage_name, self.trained, self.modes = groups, stage_name, trained, modes
         self.parameters = [parameter for group in groups.values() for parameter in group]
         self.planned = [parameter.requires_grad for parameter in self.parameters]
         self._before_first_backward = True
@@ -70,17 +92,22 @@ class PlanWatch:
                 f"{writers_of(FREEZING, trainer, pl_module)}: two writers of one quantity; express it as stages, and "
                 "take it out there"
             )
-        for group in trainer.optimizers[0].param_groups:
-            rate, planned = group["lr"], group.get("planned_lr")
-            if planned is not None and not isinstance(rate, Tensor) and rate != planned:
-                raise MisconfigurationException(
-                    f"stage {self.stage_name!r}: the learning rate of {group['name']!r} is {rate:.4g}, and the stage "
-                    f"set {planned:.4g}; written by {writers_of(RATES, trainer, pl_module)}: two writers of one "
-                    "quantity; take it out there, or leave lr, lr_mult and cycles out of the stages"
-                )
+        if any("layer_group" not in group for group in trainer.optimizers[0].param_groups):
+            raise MisconfigurationException(
+                f"stage {self.stage_name!r}: a param group was added to the optimizer while it trains, by "
+                f"{writers_of(ADDING, trainer, pl_module)}; give all parameters to the optimizer in "
+                "`configure_optimizers`, the stages choose what trains"
+            )
+        check_rates(trainer, pl_module, self.stage_name)
         # a step without a loss (None) has no backward pass to judge by
         if self._before_first_backward and any(parameter.grad is not None for parameter in self.parameters):
             self._before_first_backward = False
+            if self.modes.slipped():
+                rank_zero_warn(
+                    f"stage {self.stage_name!r}: frozen modules are in training mode after a step; set by "
+                    f"{writers_of(MODES, trainer, pl_module)}: their BatchNorm and dropout may have been at work; take "
+                    "`train()` out there"
+                )
             self._say_what_got_no_gradient()
 
     def _changed(self) -> str:

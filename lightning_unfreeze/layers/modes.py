@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 from lightning_unfreeze.layers.groups import LayerGroup
 
@@ -20,24 +22,38 @@ class FrozenModes:
     def __init__(self) -> None:
         self.roots: list[nn.Module] = []
         self._before: dict[nn.Module, bool] = {}
+        self._hooks: list[RemovableHandle] = []
 
     def begin(self, roots: Iterable[nn.Module]) -> None:
         """Takes over `roots` in place of those before, whose modes come back; `keep` puts them in eval mode."""
         self.end()
         self.roots = list(roots)
         self._before = {module: module.training for root in self.roots for module in root.modules()}
+        # a step may call `train()` itself, after all hooks of a trainer
+        self._hooks = [root.register_forward_pre_hook(_in_eval_mode) for root in self.roots]
 
     def keep(self) -> None:
         """Puts them in eval mode, whatever `train()` was called since."""
         for root in self.roots:
-            if root.training:
-                root.eval()
+            _in_eval_mode(root)
+
+    def slipped(self) -> bool:
+        """Whether one of their modules is in training mode."""
+        return any(module.training for root in self.roots for module in root.modules())
 
     def end(self) -> None:
         """Gives every module its own mode back."""
         for module, training in self._before.items():
             module.training = training
-        self.roots, self._before = [], {}
+        for hook in self._hooks:
+            hook.remove()
+        self.roots, self._before, self._hooks = [], {}, []
+
+
+def _in_eval_mode(module: nn.Module, *_: Any) -> None:
+    """Hook before the forward of what is frozen."""
+    if module.training:
+        module.eval()
 
 
 def pretrained_batch_norm(module: nn.Module, groups: Mapping[str, LayerGroup]) -> list[nn.Module]:

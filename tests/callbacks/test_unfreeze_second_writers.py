@@ -32,6 +32,54 @@ def user_module(kind: type[UserModule] = UserModule, **options: Any) -> UserModu
     return module
 
 
+# --- modes -----------------------------------------------------------------------------------------------------------
+
+
+class TrainsAllInAStep(UserModule):
+    """As many do who evaluate a teacher in between."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.backbone.train()
+        return super().training_step(batch, batch_idx)
+
+
+class TrainsALayerInAStep(UserModule):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.backbone[0].train()
+        for layer in self.backbone[0].children():
+            layer.train()
+        return super().training_step(batch, batch_idx)
+
+
+def test_own_train_mode__does_not_move_what_is_frozen() -> None:
+    module, plain = user_module(TrainsAllInAStep), user_module()
+    for each in (module, plain):
+        quiet_trainer([GradualUnfreeze(PLAN[:1])]).fit(each, loader())
+    assert same_weights(weights_of(plain), weights_of(module)) == []  # buffers, too
+    assert not any(part._forward_pre_hooks for part in module.modules())
+    assert module.backbone.training
+
+
+def test_own_train_mode__of_a_part_is_named() -> None:
+    with pytest.warns(
+        UserWarning, match=r"'head': frozen modules are in training mode.*TrainsALayerInAStep.training_step"
+    ):
+        quiet_trainer([GradualUnfreeze(PLAN[:1])]).fit(user_module(TrainsALayerInAStep), loader())
+
+
+class Interrupted(UserModule):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        raise ZeroDivisionError
+
+
+def test_modes__are_given_back_after_an_error() -> None:
+    module = user_module(Interrupted)
+    with pytest.raises(ZeroDivisionError):
+        quiet_trainer([GradualUnfreeze(PLAN[:1])]).fit(module, loader())
+    assert all(part.training for part in module.modules())
+    assert not any(part._forward_pre_hooks for part in module.modules())
+
+
 # --- freezing --------------------------------------------------------------------------------------------------------
 
 
@@ -145,6 +193,60 @@ def test_own_warm_up__is_refused_at_its_first_step_and_named(
     with pytest.raises(MisconfigurationException, match=rf"learning rate of .* the stage set .*{name}"):
         trainer.fit(user_module(kind), loader())
     assert trainer.global_step == 0
+
+
+class WarmsUpAfterTheStep(UserModule):
+    """The warm-up of Lightning's own documentation: the rate of the next step."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        optimizer.step(closure=optimizer_closure)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * self.global_step
+
+
+class WritesInALateHook(UserModule):
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.123
+
+
+class DecaysByEpoch(Callback):
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for group in trainer.optimizers[0].param_groups:
+            group["lr"] *= 0.1
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize(
+    ("kind", "callbacks", "named", "steps"),
+    [
+        (WarmsUpAfterTheStep, [], "WarmsUpAfterTheStep.optimizer_step", 1),
+        (WritesInALateHook, [], "WritesInALateHook.on_before_optimizer_step", 1),
+        (UserModule, [DecaysByEpoch()], "DecaysByEpoch.on_train_epoch_end", 3),
+    ],
+)
+def test_own_rates__written_after_our_last_look_are_named_before_they_are_overwritten(
+    kind: type[UserModule], callbacks: list[Callback], named: str, steps: int, order: int
+) -> None:
+    players: list[Callback] = [GradualUnfreeze([Stage("all", epochs=2, lr=0.1)]), CosineRestarts()]
+    trainer = quiet_trainer([*players[::order], *callbacks])
+    with pytest.raises(MisconfigurationException, match=rf"learning rate of .*written by {named}"):
+        trainer.fit(user_module(kind), loader())
+    assert trainer.global_step == steps
+
+
+class AddsAParamGroup(UserModule):
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.late = nn.Parameter(torch.zeros(2))
+            self.trainer.optimizers[0].add_param_group({"params": [self.late], "lr": 0.3})
+
+
+def test_own_param_group__that_is_added_late_is_named() -> None:
+    with pytest.raises(
+        MisconfigurationException, match=r"a param group was added.*AddsAParamGroup.on_train_epoch_start"
+    ):
+        quiet_trainer([GradualUnfreeze(PLAN)]).fit(user_module(AddsAParamGroup), loader())
 
 
 def test_own_warm_up__is_left_alone_where_stages_set_no_rates() -> None:
