@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import os
 import warnings
 from collections.abc import Iterator
@@ -12,12 +14,15 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_unfreeze.data.loaders import EpochSampler, KeyedDataset, ResumableLoader
 
 torch.set_num_threads(1)
+# each Trainer looks for callbacks of other packages, through the metadata of all that is installed (Lightning 2.6)
+importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
 
 SHARED = Path(__file__).parents[1].resolve().parent / "shared"
 
@@ -29,6 +34,20 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the real photos and weights are not at {folder}")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def pictures_are_not_drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fit that saves its figures spends most of its time with them: they are drawn where a test looks at one."""
+    if request.node.get_closest_marker("pictures") is None:
+        monkeypatch.setattr(Figure, "savefig", _save_no_picture)
+
+
+def _save_no_picture(figure: Figure, file: Any, **options: Any) -> None:
+    if hasattr(file, "write"):
+        file.write(b"picture")
+    else:
+        Path(file).write_bytes(b"picture")
 
 
 @pytest.fixture(autouse=True)

@@ -50,6 +50,7 @@ def own_photos_arguments(folder: Path) -> list[str]:
 TINY = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 
 
+@pytest.mark.pictures
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*no signal:UserWarning", "ignore:.*without stored features:UserWarning")
 @pytest.mark.parametrize(

@@ -189,6 +189,9 @@ class Description:
         held = value.__self__
         return [value.__qualname__, None if isinstance(held, types.ModuleType) else self.of(held)]
 
+    def _of_bytecode(self, code: types.CodeType) -> Any:
+        return [code.co_code.hex(), code.co_names, [self.of(constant) for constant in code.co_consts]]
+
     def _of_file(self, value: Any) -> Any:
         name = str(getattr(value, "name", ""))
         return [name, *self._file_state(name, self._root_of(name))]
@@ -201,6 +204,7 @@ class Description:
         (functools.partial, lambda self, value: [self.of(part) for part in (value.func, value.args, value.keywords)]),
         (types.MethodType, lambda self, value: [self.of(value.__func__), self.of(value.__self__)]),
         (types.BuiltinFunctionType, _of_builtin),
+        (types.CodeType, _of_bytecode),
         (types.MethodWrapperType, lambda self, value: [value.__name__, self.of(value.__self__)]),
         (enum.Enum, lambda self, value: value.name),
         (io.IOBase, _of_file),
@@ -267,14 +271,7 @@ class Description:
         used = {name: function.__globals__.get(name) for name in _names_used(function.__code__)}
         held = [[name, self.of(value)] for name, value in used.items() if isinstance(value, _CODE) or _is_data(value)]
         defaults = [function.__defaults__, function.__kwdefaults__]
-        return [self._of_bytecode(function.__code__), self.of(defaults), closure, held]
-
-    def _of_bytecode(self, code: types.CodeType) -> Any:
-        constants = [
-            self._of_bytecode(constant) if isinstance(constant, types.CodeType) else self.of(constant)
-            for constant in code.co_consts
-        ]
-        return [code.co_code.hex(), code.co_names, constants]
+        return [self.of(function.__code__), self.of(defaults), closure, held]
 
 
 def _row(value: object) -> list[Any] | None:

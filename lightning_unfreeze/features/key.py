@@ -120,7 +120,9 @@ def function_fingerprint(prefix: FrozenPrefix) -> str:
             ]
             held = sorted((key, value) for key, value in vars(module).items() if key not in _MODULE_INTERNALS)
             settings = [[key, describe.of(value)] for key, value in held if _is_setting(value)]
-            parts.append([path, describe.of(type(module)), said, settings, [_code_of(hook) for hook in hooks]])
+            parts.append(
+                [path, describe.of(type(module)), said, settings, [_of_hook(hook, describe) for hook in hooks]]
+            )
     for path in sorted(around):
         module = prefix.network.get_submodule(path)
         methods = [getattr(type(module), name, None) for name in ("forward", "training_step")]
@@ -139,9 +141,14 @@ def _is_setting(value: object) -> bool:
     return all(map(_is_setting, value)) if isinstance(value, list | tuple) else isinstance(value, _SETTINGS)
 
 
-def _code_of(hook: Any) -> str:
-    code = getattr(hook, "__code__", None)
-    return digest(code.co_code) if isinstance(code, types.CodeType) else type(hook).__qualname__
+def _of_hook(hook: Any, describe: Description) -> Any:
+    """Its code, and the settings and constant tensors in its closure; modules in there count where they are called."""
+    function = getattr(hook, "__func__", hook)
+    if not isinstance(function, types.FunctionType):
+        return type(hook).__qualname__
+    held = [cell.cell_contents for cell in function.__closure__ or ()]
+    held = [each for each in held if _is_setting(each) or (isinstance(each, Tensor) and not each.requires_grad)]
+    return [describe.of(function.__code__), [describe.of(each) for each in held]]
 
 
 def dataset_fingerprint(dataset: Any, fingerprint: str | None = None) -> str:

@@ -507,6 +507,7 @@ def test_finder__a_resumed_run_takes_the_result_from_the_checkpoint(
 # --- what it leaves
 
 
+@pytest.mark.pictures
 def test_finder__writes_its_curve_and_logs_the_suggestion_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -706,6 +706,7 @@ def test_tta__picture_has_the_class_names_of_the_data(tmp_path: Path, monkeypatc
     assert found == [("ants", "bees", "wasps"), ["a", "b", "c"]]
 
 
+@pytest.mark.pictures
 def test_tta__writes_its_picture_beside_the_checkpoints(tmp_path: Path) -> None:
     pytest.importorskip("PIL")
     from PIL import Image

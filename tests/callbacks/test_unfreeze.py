@@ -717,6 +717,7 @@ def test_unfreeze__a_compiled_network_trains_as_the_plain_one() -> None:
 # --- what there is to look at ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.pictures
 def test_unfreeze__summary_has_the_best_value_of_the_monitored_metric(tmp_path: Any) -> None:
     class LogsError(UserModule):
         """Errors by epoch, written down: the second of each stage is the best."""

@@ -2,15 +2,12 @@ from __future__ import annotations
 
 import copy
 import errno
-import inspect
 import json
 import os
 import pickle
 import random
 import signal
 import subprocess
-import sys
-import textwrap
 import time
 from collections import namedtuple
 from contextlib import suppress
@@ -26,6 +23,7 @@ from lightning_unfreeze.features import writer as feature_writer
 from lightning_unfreeze.features.layout import StoreError, StoreLayout, TensorSpec
 from lightning_unfreeze.features.store import FeatureStore, prune, store_lock
 from lightning_unfreeze.features.writer import FeatureWriter
+from tests.processes import HANGS_SECONDS, fork, needs_fork, until
 
 N, D = 100, 6
 
@@ -47,24 +45,6 @@ def write_store(directory, layout=None):
             for rows in torch.arange(layout.num_rows).split(16):
                 writer.write(rows, {"features": features(rows, view)}, view)
     return writer.finalize()
-
-
-def start(code, *args, **environment):
-    """Another process, with the functions above at hand."""
-    prelude = f"""
-        import os, sys, time, types, textwrap
-        sys.path[:0] = {sys.path!r}
-        from pathlib import Path
-        import torch
-        from lightning_unfreeze.features import store as feature_store, writer as feature_writer
-        from lightning_unfreeze.features.store import *
-        from lightning_unfreeze.features.layout import *
-        from lightning_unfreeze.features.writer import *
-        N, D = {N}, {D}
-    """
-    functions = [inspect.getsource(function) for function in (features, layout_of, write_store)]
-    script = "\n".join([textwrap.dedent(prelude), *functions, textwrap.dedent(code)])
-    return subprocess.Popen([sys.executable, "-c", script, *map(str, args)], env=os.environ | environment)
 
 
 @pytest.fixture
@@ -372,18 +352,18 @@ def test_writer__unfinished_store_is_not_read(tmp_path):
         open_store(tmp_path / "store")
 
 
-KILLED = """
-    feature_writer._SYNC_BYTES = 24 * 16                        # journal every 16 rows
-    writer = FeatureWriter(sys.argv[1], layout_of())
+def killed_writer(directory):
+    feature_writer._SYNC_BYTES = 24 * 16  # journal every 16 rows
+    writer = FeatureWriter(directory, layout_of())
     for rows in torch.arange(60).split(8):
         writer.write(rows, {"features": features(rows)})
-    os.write(writer._journal.fileno(), b"\\n00000000 [[60,1")  # a line cut short
-    os.kill(os.getpid(), 9)
-"""
+    os.write(writer._journal.fileno(), b"\n00000000 [[60,1")  # a line cut short
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
+@needs_fork
 def test_writer__a_killed_one_is_resumed_at_what_was_safely_written(tmp_path):
-    assert start(KILLED, tmp_path / "store").wait(300) == -signal.SIGKILL
+    assert fork(lambda: killed_writer(tmp_path / "store")).wait() == -signal.SIGKILL
     with pytest.raises(StoreError, match="No finished feature store"):
         open_store(tmp_path / "store")
     with FeatureWriter(tmp_path / "store", layout_of()) as writer:
@@ -493,22 +473,23 @@ def test_writer__disk_full_at_the_flush_is_an_error_and_leaves_nothing(tmp_path,
 
 # -------------------- several processes
 
-RANK = """
-    with FeatureWriter(sys.argv[1], layout_of(num_views=2), rank=1) as writer:
+
+def second_rank(directory):
+    with FeatureWriter(directory, layout_of(num_views=2), rank=1) as writer:
         for view in range(2):
             rows = writer.missing_rows(view)
             rows = rows[rows % 2 == 1]
             writer.write(rows, {"features": features(rows, view)}, view)
-"""
 
 
+@needs_fork
 def test_writer__ranks_fill_disjoint_rows_of_one_store(tmp_path):
     with FeatureWriter(tmp_path / "store", layout_of(num_views=2)) as first:
-        second = start(RANK, tmp_path / "store")
+        second = fork(lambda: second_rank(tmp_path / "store"))
         for view in range(2):
             rows = torch.arange(0, N, 2)
             first.write(rows, {"features": features(rows, view)}, view)
-        assert second.wait(300) == 0
+        assert second.wait() == 0
     store = first.finalize()
     for view in range(2):
         assert torch.equal(store.read(torch.arange(N), view)["features"], features(torch.arange(N), view))
@@ -540,37 +521,43 @@ def read_or_write(directory):
                 return FeatureStore.open(directory, fingerprint="key")
             except StoreError:
                 Path(f"{directory}.writer.{os.getpid()}").touch()
-                time.sleep(0.5)
+                until(Path(f"{directory}.waits").exists)
                 return write_store(directory)
 
 
+@needs_fork
 def test_store_lock__of_two_runs_one_writes_and_both_read(tmp_path):
-    code = """
-        while not Path(sys.argv[1] + ".writer." + sys.argv[2]).exists():
-            time.sleep(0.01)
-        store = read_or_write(sys.argv[1])  # while the other one is writing
+    directory, writing = tmp_path / "store", tmp_path / f"store.writer.{os.getpid()}"
+
+    def other_run():
+        until(writing.exists)
+        with pytest.raises(StoreError, match="Another process"), store_lock(directory, timeout_seconds=0):
+            pass
+        (tmp_path / "store.waits").touch()
+        store = read_or_write(directory)
         assert torch.equal(store.read(torch.arange(N))["features"], features(torch.arange(N)))
-    """
-    other = start(inspect.getsource(read_or_write) + textwrap.dedent(code), tmp_path / "store", os.getpid())
-    store = read_or_write(tmp_path / "store")
+
+    other = fork(other_run)
+    store = read_or_write(directory)
     assert torch.equal(store.read(torch.arange(N))["features"], features(torch.arange(N)))
-    assert other.wait(300) == 0
-    assert [path.name for path in tmp_path.glob("store.writer.*")] == [f"store.writer.{os.getpid()}"]
+    assert other.wait() == 0
+    assert list(tmp_path.glob("store.writer.*")) == [writing]
 
 
+@needs_fork
 def test_store_lock__of_a_killed_process_is_free(tmp_path):
-    holder = start(
-        "with store_lock(sys.argv[1]):\n    Path(sys.argv[1] + '.held').touch()\n    time.sleep(600)",
-        tmp_path / "store",
-    )
-    deadline = time.monotonic() + 300
-    while not (tmp_path / "store.held").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    def hold():
+        with store_lock(tmp_path / "store"):
+            (tmp_path / "held").touch()
+            time.sleep(HANGS_SECONDS)
+
+    holder = fork(hold)
+    until((tmp_path / "held").exists)
     with pytest.raises(StoreError, match="Another process"), store_lock(tmp_path / "store", timeout_seconds=0.1):
         pass
     holder.kill()
     holder.wait()
-    with store_lock(tmp_path / "store", timeout_seconds=10):
+    with store_lock(tmp_path / "store", timeout_seconds=60):
         pass
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, Callback
+from lightning.pytorch.callbacks import BackboneFinetuning, Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -31,11 +31,22 @@ from lightning_unfreeze.callbacks.base import StageCallback
 from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage
 from lightning_unfreeze.callbacks.precompute import PrecomputeFeatures
 from lightning_unfreeze.callbacks.restarts import CosineRestarts
+from lightning_unfreeze.callbacks.snapshots import BestWeights
 from lightning_unfreeze.callbacks.tta import TTAEval
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.inside_lightning.distributed import gather_objects, rebuild_ddp, refuse_untested_strategy
+from lightning_unfreeze.inside_lightning.weights import average_of
 from lightning_unfreeze.stages.plan import Stage
-from tests.conftest import UserModule, keyed_loader, loader, quiet_trainer, random_images, steady_module, weights_of
+from tests.conftest import (
+    UserModule,
+    keyed_loader,
+    loader,
+    quiet_trainer,
+    random_images,
+    same_weights,
+    steady_module,
+    weights_of,
+)
 
 needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="forks its processes")
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
@@ -252,6 +263,109 @@ def test_ddp__a_sampler_of_the_users_is_drawn_once(kind: str, tmp_path: Path) ->
     )
     trainer.fit(steady_module(kind=Module), train)
     assert json.loads((tmp_path / "seen" / "rows.json").read_text()) == [list(range(32))] * 3
+
+
+# --- which weights are the best --------------------------------------------------------------------------------------
+
+
+class Leaves(Callback):
+    """What the fit leaves on each rank, when all callbacks are done."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        average, each = average_of(trainer), [c for c in trainer.callbacks if isinstance(c, BestWeights)]  # type: ignore[attr-defined]
+        left = {
+            "weights": weights_of(pl_module),
+            "average": {} if average is None else weights_of(average),
+            "epochs": trainer.current_epoch,
+            "scores": each[0].scores if each else {},
+            "best": str(each[0].best_path) if each else "",
+        }
+        torch.save(left, self.folder / f"left{trainer.global_rank}.pt")
+
+
+def left_by(folder: Path, kind: type[UserModule], *callbacks: Callback, val: Any) -> list[dict[str, Any]]:
+    """Of a fit on two ranks, by rank."""
+    torch.manual_seed(0)
+    trainer = quiet_trainer(
+        [*callbacks, Leaves(folder)],
+        strategy=DDPStrategy(start_method="fork", process_group_backend="gloo"),
+        devices=2,
+        enable_checkpointing=True,
+        default_root_dir=folder,
+    )
+    trainer.fit(steady_module(kind=kind), keyed_loader(batch_size=6), val)
+    return [torch.load(folder / f"left{rank}.pt") for rank in range(2)]
+
+
+@needs_fork
+@pytest.mark.ddp
+@pytest.mark.filterwarnings("ignore:Found .* module")
+@pytest.mark.filterwarnings("ignore:.*recommended to use .*sync_dist=True")
+def test_ddp__ranks_choose_the_same_best_weights(tmp_path: Path) -> None:
+    """Each rank logs the loss of its own half, which is another one; what is compared is that of all."""
+    images = random_images(16, seed=1)
+    plan = [Stage("head", train="head", epochs=1, lr=0.05), Stage("full", lr=0.3, cycle_len=1, num_cycles=3)]
+    saves, best = ModelCheckpoint(tmp_path / "files"), BestWeights()
+    first, second = left_by(
+        tmp_path, UserModule, GradualUnfreeze(plan), CosineRestarts(), best, saves, val=loader(images)
+    )
+    assert len(first["scores"]) >= 9
+    assert second["scores"] == first["scores"] and second["best"] == first["best"]
+    assert same_weights(first["weights"], second["weights"]) == []
+
+    def loss_of(weights: dict[str, torch.Tensor]) -> float:
+        module = steady_module()
+        module.load_state_dict(weights)
+        with torch.no_grad():
+            return float(nn.functional.cross_entropy(module.eval().net(images.tensors[0]), images.tensors[1]))
+
+    assert first["scores"]["as the fit left them"] == pytest.approx(loss_of(first["weights"]), rel=1e-5)
+    kept = torch.load(first["best"], weights_only=True)["state_dict"]
+    assert min(first["scores"].values()) == pytest.approx(loss_of(kept), rel=1e-5)
+    halves = [loss_of_half(kept, images, rank) for rank in range(2)]
+    assert abs(halves[0] - halves[1]) > 0.01  # one rank's alone would be another number
+
+
+def loss_of_half(weights: dict[str, torch.Tensor], images: TensorDataset, rank: int) -> float:
+    """Of the rows that Lightning's sampler gives a rank."""
+    module = steady_module()
+    module.load_state_dict(weights)
+    x, y = (tensor[rank::2] for tensor in images.tensors)
+    with torch.no_grad():
+        return float(nn.functional.cross_entropy(module.eval().net(x), y))
+
+
+@needs_fork
+@pytest.mark.ddp
+@pytest.mark.filterwarnings("ignore:Found .* module")
+@pytest.mark.filterwarnings("ignore:.*recommended to use .*sync_dist=True")
+@pytest.mark.parametrize("averaged", [False, True], ids=["weights", "moving average"])
+def test_ddp__ranks_go_back_to_the_same_cycle_end_with_the_average_beside_it(averaged: bool, tmp_path: Path) -> None:
+    """Rank 0 alone would stop after the second cycle, rank 1 never; the mean of both is the least after the second."""
+
+    class Differs(UserModule):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            mine = [3.0, 3.5, 4.0, 5.0] if self.global_rank == 0 else [3.0, 2.0, 1.9, 1.8]
+            self.log("val_loss", mine[self.current_epoch], sync_dist=False)
+
+    def run(folder: Path, num_cycles: int, until: Any) -> list[dict[str, Any]]:
+        plan = [Stage("full", lr=0.1, cycle_len=1, num_cycles=num_cycles, until=until)]
+        beside = [EMAWeightAveraging(decay=0.5)] if averaged else []
+        folder.mkdir()
+        players = [GradualUnfreeze(plan, train_bn=False), CosineRestarts(), *beside]
+        return left_by(folder, Differs, *players, val=loader(random_images(8)))
+
+    first, second = run(tmp_path / "until", 4, "overfit")
+    assert first["epochs"] == second["epochs"] == 3
+    for name in ("weights", "average"):
+        assert same_weights(first[name], second[name]) == []
+    # the plan cut after the second cycle ends with these very weights
+    short, _ = run(tmp_path / "short", 2, None)
+    assert same_weights(first["weights"], short["weights"]) == []
+    assert bool(first["average"]) == averaged
 
 
 # --- all pieces together ---------------------------------------------------------------------------------------------

@@ -67,6 +67,7 @@ def test_range_tests__of_all_stages_where_none_asks() -> None:
         range_tests(quiet_trainer([finder()]), UserModule(), Data())
 
 
+@pytest.mark.pictures
 @pytest.mark.slow
 def test_cli__lr_find_prints_the_rates_and_keeps_the_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "config.yaml"

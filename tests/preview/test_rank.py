@@ -79,6 +79,7 @@ def test_wilson__is_statsmodels(right: int, total: int) -> None:
     assert wilson(right, total) == pytest.approx(proportion_confint(right, total, method="wilson"), abs=1e-12)
 
 
+@pytest.mark.pictures
 def test_cli__rank_takes_files_and_goes_on_where_it_was(
     photos: Path, weights: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

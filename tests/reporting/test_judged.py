@@ -108,6 +108,7 @@ def test_tta_changes__count_what_flipped() -> None:
     assert found.tta_changes() == {"without": 2, "with": 2, "fixed": 1, "broken": 1}
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("several", [False, True])
 def test_report__is_one_page_with_nothing_from_outside(several: bool, tmp_path: Path) -> None:
     found = judged(several)

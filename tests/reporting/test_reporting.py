@@ -61,6 +61,7 @@ def test_table_of__shows_four_significant_digits() -> None:
     assert "0.12345" not in text
 
 
+@pytest.mark.pictures
 def test_save_figure__goes_to_the_folder_and_to_a_logger_that_takes_figures(tmp_path: Path) -> None:
     figures = []
     logger = object.__new__(TensorBoardLogger)  # its constructor wants tensorboard to be installed
@@ -100,6 +101,7 @@ def test_plot_stages__leaves_out_rates_of_zero_which_a_log_axis_cannot_hold() ->
     assert [value != value for value in figure.axes[0].get_lines()[0].get_ydata()] == [True, False]
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("num_groups", [0, 1, 25])
 def test_plot_stages__draws_any_number_of_groups(num_groups: int, tmp_path: Path) -> None:
     rates = [(1, {f"g{index}": 0.1 for index in range(num_groups)})] if num_groups else []

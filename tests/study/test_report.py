@@ -83,12 +83,6 @@ def exact(differences: dict[str, list[float]]) -> list[RunRecord]:
     return runs + [run(arm, seed, 60.0 + d) for arm, values in differences.items() for seed, d in enumerate(values)]
 
 
-@pytest.fixture
-def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw every figure but skip its pixels, which take most of a report's time."""
-    monkeypatch.setattr("lightning_unfreeze.study.show.report._png", lambda figure: b"")
-
-
 class Page(HTMLParser):
     """Counts what a page holds and collects what it would fetch."""
 
@@ -489,6 +483,7 @@ def test_tables__hold_the_numbers_of_the_analysis() -> None:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pictures
 def test_report__is_complete_and_self_contained(tmp_path: Path) -> None:
     records = [
         dataclasses.replace(r, acc_ood=0.5, acc_tta=0.61) for r in study({"skip34@images": 2.0, "lp_only": -6.0})
@@ -514,7 +509,6 @@ def test_report__is_complete_and_self_contained(tmp_path: Path) -> None:
     assert all((tmp_path / link).exists() for link in re.findall(r"\]\(([^)]+)\)", markdown))
 
 
-@pytest.mark.usefixtures("unrendered")
 def test_report__tables_of_the_markdown_are_rectangular(tmp_path: Path) -> None:
     write_report(study({}, seeds=2, arms=("full9", "skip34@flops")), INFO, tmp_path)
     blocks = re.findall(r"(?:^\|.*\|\n)+", (tmp_path / "report.md").read_text(), flags=re.MULTILINE)
@@ -523,7 +517,6 @@ def test_report__tables_of_the_markdown_are_rectangular(tmp_path: Path) -> None:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
 
 
-@pytest.mark.usefixtures("unrendered")
 def test_report__escapes_what_the_user_named(tmp_path: Path) -> None:
     records = [
         dataclasses.replace(r, curve=(), lr_trace={}, tuning_curve=(), distortion={}) for r in study({}, seeds=2)
@@ -546,14 +539,12 @@ def test_report__escapes_what_the_user_named(tmp_path: Path) -> None:
     ],
     ids=["one seed", "reference alone", "no reference", "no primary", "bare", "other test sets", "many arms"],
 )
-@pytest.mark.usefixtures("unrendered")
 def test_report__degrades_with_a_note(records: list[RunRecord], tmp_path: Path) -> None:
     verdict = write_report(records, INFO, tmp_path)
     assert exit_code(verdict) in (0, 3, 4, 5)
     assert not re.search(r"\bnan\b", (tmp_path / "report.md").read_text())
 
 
-@pytest.mark.usefixtures("unrendered")
 def test_report__says_which_pictures_are_absent(tmp_path: Path) -> None:
     records = [
         dataclasses.replace(r, lr_trace={}, tuning_curve=()) for r in study({}, seeds=2, arms=("full9", "lp_only"))

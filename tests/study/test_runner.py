@@ -164,6 +164,7 @@ def test_tuning__gives_every_arm_one_knob_and_a_head_rate_of_its_own(finished: S
     assert finished.grids.trials(head) == (1e-2, 3e-2) and finished.grids.stages(head, 3e-2)[0].lr == 3e-2
 
 
+@pytest.mark.pictures
 def test_report__is_written_and_read_back(finished: Study) -> None:
     result = finished.report()
     assert (finished.out / "report" / "report.html").stat().st_size > 10_000
@@ -804,7 +805,6 @@ def stand_in(task: Any, bench: Any, costs: Any) -> RunRecord:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "execute", stand_in)
-    monkeypatch.setattr("lightning_unfreeze.study.show.report._png", lambda figure: b"")
 
 
 @pytest.mark.usefixtures("quick")
@@ -1021,6 +1021,7 @@ def fake_study(folder: Path, dataset: str, effects: dict[str, Sequence[float]], 
     return folder
 
 
+@pytest.mark.pictures
 def test_merge__gives_the_mean_effect_and_how_it_varies(tmp_path: Path) -> None:
     one = fake_study(tmp_path / "a", "a", {"skip34@flops": [1.0, 2.0, 3.0, 2.0], "lp_only": [-5.0, -6.0, -5.0, -6.0]})
     two = fake_study(tmp_path / "b", "b", {"skip34@flops": [-2.0, -1.0, -3.0, -2.0], "gradual": [0.0, 0.0, 0.0, 0.0]})
@@ -1035,6 +1036,7 @@ def test_merge__gives_the_mean_effect_and_how_it_varies(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "effects.png").stat().st_size > 5000
 
 
+@pytest.mark.pictures
 def test_merge__ranks_arms_only_with_six_data_sets(tmp_path: Path) -> None:
     folders = [
         fake_study(tmp_path / str(i), f"set {i}", {"skip34@flops": [1.0, 1.1 + i / 10], "lp_only": [-5.0, -6.0 - i]})
@@ -1072,7 +1074,6 @@ CONFIG = Path(__file__).parents[2] / "configs" / "study.yaml"
 def test_cli_report__exits_with_the_verdict(
     effects: list[float], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lightning_unfreeze.study.show.report._png", lambda figure: b"")
     folder = fake_study(tmp_path / "s", "pets", {"skip34@flops": effects})
     if code:
         with pytest.raises(SystemExit) as stop:
