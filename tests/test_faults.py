@@ -14,6 +14,8 @@ import signal
 import socket
 import sys
 import tempfile
+import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
@@ -50,11 +52,10 @@ from tests.conftest import (
     steady_module,
     weights_of,
 )
-from tests.processes import Forked, fork, needs_fork
 
 pytestmark = [
     pytest.mark.slow,
-    needs_fork,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its processes"),
     # Lightning, about checkpoints that are there and those that are not yet
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available"),
@@ -166,11 +167,15 @@ class Profile:
             setattr(owner, name, function)
 
 
-def child(scratch: Path, action: Callable[[], object]) -> Forked:
-    """Forks a process that runs `action`. What it prints goes into `scratch`."""
+def child(scratch: Path, action: Callable[[], object]) -> int:
+    """Forks a process that runs `action`; its number. What it prints goes into `scratch`."""
     scratch.mkdir(parents=True, exist_ok=True)
-
-    def quietly() -> None:
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
         output = os.open(scratch / f"output-{os.getpid()}.txt", os.O_CREAT | os.O_WRONLY)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -180,8 +185,28 @@ def child(scratch: Path, action: Callable[[], object]) -> Forked:
         # drawing the pictures would be most of the time
         Figure.savefig = lambda self, path, **options: Path(path).write_bytes(b"picture")  # type: ignore[method-assign]
         action()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
-    return fork(quietly)
+
+def wait(pid: int, timeout_seconds: float = 120) -> int:
+    """How a child ended: its exit status, or minus the signal that killed it. One that hangs is killed: -14."""
+    end = time.monotonic() + timeout_seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return -signal.SIGALRM
 
 
 def output_of(scratch: Path) -> str:
@@ -217,7 +242,7 @@ def killed_and_resumed(root: Path, part: str, call: int, save_every: int) -> tup
     folder, scratch = root / "run", root / "scratch"
     place = scratch / "place.txt"
     profile = Profile(part, call, place)
-    killed = child(scratch, lambda: finish(folder, scratch, save_every, profile)).wait()
+    killed = wait(child(scratch, lambda: finish(folder, scratch, save_every, profile)))
     last = folder / "last.ckpt"
     step = torch.load(last, weights_only=True)["global_step"] if last.is_file() else None
     row = {
@@ -229,25 +254,17 @@ def killed_and_resumed(root: Path, part: str, call: int, save_every: int) -> tup
     }
     if killed != -signal.SIGKILL:
         return row, f"was to be killed, ended with {killed}: {output_of(scratch)}"
-    resumed = child(scratch, lambda: finish(folder, scratch, save_every)).wait()
+    resumed = wait(child(scratch, lambda: finish(folder, scratch, save_every)))
     return row, "" if resumed == 0 else f"the resumed run ended with {resumed}: {output_of(scratch)}"
 
 
-def uninterrupted_runs(root: Path) -> dict[int, Path]:
-    """The recipe from start to end, saved after every step and after every fourth, with their numbers of calls."""
+def all_moments(root: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The uninterrupted runs, then every moment; the table, and what went wrong."""
     whole = {save_every: root / f"whole {save_every}" for save_every in (1, 4)}
     for save_every, there in whole.items():
-        status = child(
-            there / "scratch",
-            lambda: finish(there / "run", there / "scratch", save_every, Profile()),  # noqa: B023
-        ).wait()
+        status = wait(child(there / "scratch", lambda: finish(there / "run", there / "scratch", save_every, Profile())))  # noqa: B023
         if status:
             raise RuntimeError(f"the uninterrupted run ended with {status}: {output_of(there / 'scratch')}")
-    return whole
-
-
-def all_moments(root: Path, whole: dict[int, Path]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Every moment; the table, and what went wrong."""
     counts = {save_every: torch.load(there / "scratch" / "counts.pt") for save_every, there in whole.items()}
     draw = random.Random(0)
     rows, failures = [], []
@@ -255,9 +272,7 @@ def all_moments(root: Path, whole: dict[int, Path]) -> tuple[list[dict[str, Any]
         for index in range(number):
             save_every = (1, 4)[index % 2]
             # the number of calls is the same to within few: caches are warm in one run and not in another
-            calls = int(0.97 * counts[save_every][part])
-            # one in each share of the calls, so that the moments lie all over the run whatever is drawn
-            call = draw.randrange(1 + calls * index // number, 1 + calls * (index + 1) // number)
+            call = draw.randrange(1, int(0.97 * counts[save_every][part]))
             there = root / f"{len(rows):02d}"
             row, failure = killed_and_resumed(there, part, call, save_every)
             if not failure:
@@ -290,15 +305,8 @@ def as_table(rows: list[dict[str, Any]]) -> str:
 # --- kill -9 ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    return uninterrupted_runs(tmp_path_factory.mktemp("whole"))
-
-
-def test_kill__at_20_moments_the_resumed_run_ends_as_the_uninterrupted_one(
-    whole: dict[int, Path], tmp_path: Path
-) -> None:
-    rows, failures = all_moments(tmp_path, whole)
+def test_kill__at_20_moments_the_resumed_run_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
+    rows, failures = all_moments(tmp_path)
     print(as_table(rows))
     assert failures == []
     assert len(rows) == 20
@@ -334,23 +342,25 @@ class SendsSigterm(Callback):
     [(4, False), (7, False), (16, False), (11, False), (14, False), (20, False), (2, True), (11, True)],
 )
 def test_sigterm__lightning_ends_the_run_and_it_goes_on_where_it_was(
-    at_step: int, at_epoch_end: bool, whole: dict[int, Path], tmp_path: Path
+    at_step: int, at_epoch_end: bool, tmp_path: Path
 ) -> None:
-    """Saving changes nothing, so that the run to compare with may be one that saved after every step."""
-
     def interrupted() -> None:
         saves = ModelCheckpoint(tmp_path / "run", "preempted", save_on_exception=True, every_n_epochs=1000)
         recipe_fit(tmp_path / "run", 1000, saves, SendsSigterm(at_step, at_epoch_end))
 
-    assert child(tmp_path / "stop", interrupted).wait() == 0, output_of(tmp_path / "stop")
+    assert wait(child(tmp_path / "stop", interrupted)) == 0, output_of(tmp_path / "stop")
     (saved,) = (tmp_path / "run").glob("preempted*.ckpt")
     assert torch.load(saved, weights_only=True)["global_step"] == at_step + 1
     saved.rename(tmp_path / "run" / "last.ckpt")
-    scratch = tmp_path / "scratch"
-    assert child(scratch, lambda: finish(tmp_path / "run", scratch, 1000)).wait() == 0, output_of(scratch)
-    uninterrupted, resumed = (torch.load(path / "weights.pt") for path in (whole[1] / "scratch", scratch))
+    whole, scratch = tmp_path / "whole", tmp_path / "scratch"
+    children = [
+        child(scratch / "resumed", lambda: finish(tmp_path / "run", scratch / "resumed", 1000)),
+        child(scratch / "whole", lambda: finish(whole, scratch / "whole", 1000)),
+    ]
+    assert [wait(each) for each in children] == [0, 0], output_of(scratch / "resumed")
+    resumed, uninterrupted = (torch.load(scratch / name / "weights.pt") for name in ("resumed", "whole"))
     assert same_weights(uninterrupted, resumed) == []
-    assert tables_in(whole[1] / "run") == tables_in(tmp_path / "run")
+    assert tables_in(whole) == tables_in(tmp_path / "run")
 
 
 # --- ranks -----------------------------------------------------------------------------------------------------------
@@ -400,7 +410,7 @@ def ranked_fit(
     return module
 
 
-def ranks(scratch: Path, num_ranks: int, action: Callable[[], object]) -> list[Forked]:
+def ranks(scratch: Path, num_ranks: int, action: Callable[[], object]) -> list[int]:
     """Processes that nobody watches over, as on the nodes of a cluster: no launcher ends one for the other's sake."""
     port = str(free_port())
 
@@ -410,15 +420,6 @@ def ranks(scratch: Path, num_ranks: int, action: Callable[[], object]) -> list[F
         action()
 
     return [child(scratch / str(rank), lambda rank=rank: as_rank(rank)) for rank in range(num_ranks)]  # type: ignore[misc]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two ranks leave that run to the end."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    pids = ranks(folder / "scratch", 2, lambda: ranked_fit(folder / "run", 2))
-    assert [pid.wait() for pid in pids] == [0, 0], output_of(folder / "scratch" / "0")
-    return folder / "run"
 
 
 @pytest.mark.ddp
@@ -432,15 +433,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("training step", signal.SIGSTOP),
     ],
 )
-def test_ranks__one_is_lost_and_the_other_ends_with_an_error(
-    where: str, how: signal.Signals, undisturbed: Path, tmp_path: Path
-) -> None:
+def test_ranks__one_is_lost_and_the_other_ends_with_an_error(where: str, how: signal.Signals, tmp_path: Path) -> None:
     folder, scratch = tmp_path / "run", tmp_path / "scratch"
     first, last = ranks(scratch, 2, lambda: ranked_fit(folder, 2, KillsRank(where, how), wait_seconds=5))
-    assert first.wait() == 1, output_of(scratch / "0")
+    assert wait(first, 60) == 1, output_of(scratch / "0")
     assert "Error" in output_of(scratch / "0")
-    last.kill()
-    assert last.wait() == -signal.SIGKILL
+    os.kill(last, signal.SIGKILL)
+    assert wait(last) == -signal.SIGKILL
     # the store is finished and true, or unfinished and known to be
     (store,) = (path for path in (folder / "feature_store").iterdir() if path.is_dir())
     finished = (store / "manifest.json").is_file()
@@ -450,9 +449,12 @@ def test_ranks__one_is_lost_and_the_other_ends_with_an_error(
             FeatureStore.open(store, fingerprint="any")
     # another run takes what is there and ends as one that was never disturbed
     pids = ranks(tmp_path / "again", 2, lambda: ranked_fit(folder, 2))
-    assert [pid.wait() for pid in pids] == [0, 0], output_of(tmp_path / "again" / "0")
-    assert same_weights(*(torch.load(path / "weights.pt") for path in (folder, undisturbed))) == []
-    assert files_in(folder) == files_in(undisturbed)
+    assert [wait(pid) for pid in pids] == [0, 0], output_of(tmp_path / "again" / "0")
+    pids = ranks(tmp_path / "alone", 2, lambda: ranked_fit(tmp_path / "undisturbed", 2))
+    assert [wait(pid) for pid in pids] == [0, 0], output_of(tmp_path / "alone" / "0")
+    weights = [torch.load(path / "weights.pt") for path in (folder, tmp_path / "undisturbed")]
+    assert same_weights(*weights) == []
+    assert files_in(folder) == files_in(tmp_path / "undisturbed")
 
 
 class SavesEpochs(Callback):
@@ -472,7 +474,7 @@ def test_resume__with_another_number_of_ranks_at_an_epochs_end(before: int, afte
         pids = ranks(
             tmp_path / f"output {folder.name}", num_ranks, lambda: ranked_fit(folder, num_ranks, *callbacks, ckpt=ckpt)
         )
-        assert [pid.wait() for pid in pids] == [0] * num_ranks, output_of(tmp_path / f"output {folder.name}" / "0")
+        assert [wait(pid) for pid in pids] == [0] * num_ranks, output_of(tmp_path / f"output {folder.name}" / "0")
         weights: dict[str, torch.Tensor] = torch.load(folder / "weights.pt")
         return weights
 
@@ -588,7 +590,7 @@ class EndsAfterFourEpochs(StageCallback):
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        table, problems = all_moments(Path(folder), uninterrupted_runs(Path(folder)))
+        table, problems = all_moments(Path(folder))
     print(as_table(table))
     print(f"\n{len(table) - len(problems)} of {len(table)} bitwise equal, without stray files")
     print("\n".join(problems))
