@@ -72,14 +72,14 @@ def _twin(loader: Any) -> Any:
 
 
 def _endless(loader: CombinedLoader, limit: int | None) -> Iterator[tuple[Any, int]]:
-    while True:
-        empty = True
+    empty_passes = 0
+    while empty_passes < 2:  # one may be: a loader that is its own iterator ends its pass when it is asked once more
+        empty_passes += 1
         for batch, batch_idx, _ in islice(iter(loader), limit):
             if batch is not None:
-                empty = False
+                empty_passes = 0
                 yield batch, batch_idx
-        if empty:
-            raise MisconfigurationException("the training data gives no batch, so there is nothing to test on")
+    raise MisconfigurationException("the training data gives no batch, so there is nothing to test on")
 
 
 def load_validation(trainer: pl.Trainer) -> None:

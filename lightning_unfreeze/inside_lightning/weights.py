@@ -108,7 +108,8 @@ def renew_last_checkpoints(trainer: pl.Trainer, *, of_step: int) -> None:
     for callback in trainer.checkpoint_callbacks:
         if not isinstance(callback, ModelCheckpoint) or callback.save_last is not True or trainer.fast_dev_run:  # type: ignore[attr-defined]
             continue
-        if of_step < callback._last_global_step_saved < trainer.global_step:
+        # at the last step itself, too: `every_n_train_steps` saves before that step's validation sends the weights back
+        if of_step < callback._last_global_step_saved <= trainer.global_step:
             callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
 
 

@@ -44,6 +44,11 @@ class NetworkCall:
         """Names and modules, in the order of their calls."""
         return [(self.name, self.network), *self.then]
 
+    def repeats(self, earlier: NetworkCall) -> bool:
+        """Whether it was made, and answered, before: a step may ask once for its loss and once for its metric."""
+        same = self.network is earlier.network and self.images is earlier.images
+        return same and self.then == earlier.then and torch.equal(self.logits, earlier.logits)
+
     def answer(self, images: Tensor, weights_of: Callable[[str], State] | None = None) -> Tensor:
         """Logits of other images; under other weights where `weights_of` gives those of a part by its name.
 
@@ -136,7 +141,10 @@ class LogitsSpy:
         """The call of the step that has just run."""
         calls, self._calls, self._open, self._maps = self._calls, [], [], 0
         read_on, self._read_on = self._read_on, []
-        found = [call for call in calls if all(call is not other for other in read_on)]
+        found: list[NetworkCall] = []
+        for call in calls:
+            if all(call is not other for other in read_on) and not any(map(call.repeats, found)):
+                found.append(call)
         if len(found) != 1:
             raise MisconfigurationException(_explain_calls(calls, found))
         (call,) = found

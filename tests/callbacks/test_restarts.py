@@ -519,6 +519,18 @@ def test_until__the_optimizer_goes_back_with_the_weights() -> None:
     assert steps == {6.0}
 
 
+def test_until__the_last_checkpoint_of_every_few_steps_holds_what_the_fit_leaves(tmp_path: Path) -> None:
+    """It is written at the last step, before the validation that sends the weights back."""
+    module, keeps = Script([0.5, 0.4, 0.6, 0.7]), KeepsAll()
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1, save_last=True)
+    plan = [Stage("full", lr=0.1, cycle_len=1, num_cycles=4, until="overfit")]
+    trainer = quiet_trainer([GradualUnfreeze(plan), CosineRestarts(), keeps, saver], enable_checkpointing=True)
+    trainer.fit(module, points(3), points(1))
+    assert trainer.global_step == 9
+    last = torch.load(saver.last_model_path, weights_only=True)["state_dict"]
+    assert same_weights(last, keeps.weights[1]) == same_weights(weights_of(module), keeps.weights[1]) == []
+
+
 @pytest.mark.parametrize("monitor", [None, "val_loss", "val_acc", "train_loss"])
 @pytest.mark.parametrize("on_train_epoch_end", [None, True, False])
 @pytest.mark.parametrize("val_check_interval", [1.0, 0.5])

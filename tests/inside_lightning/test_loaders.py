@@ -68,6 +68,23 @@ class RestartingStream:
         return torch.tensor([self.position + float(self.rng.random())])
 
 
+class RewindsAtItsEnd(RestartingStream):
+    """One that starts again when it has been asked for more than it has."""
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __len__(self) -> int:
+        return 4
+
+    def __next__(self) -> torch.Tensor:
+        try:
+            return super().__next__()
+        except StopIteration:
+            self.position = 0
+            raise
+
+
 class EndlessStream(RestartingStream):
     """One that goes on where it is, and is cut by its length."""
 
@@ -145,6 +162,12 @@ def test_fresh_batches__leave_the_training_data_where_it_was(make: Any) -> None:
     assert with_them == without and len(without) == 8
     assert [len(batches) for batches in drawn] == [6, 6]
     assert all(0 <= index < 5 for batches in drawn for _, index in batches)
+
+
+def test_fresh_batches__go_on_over_the_end_of_a_loader_that_rewinds_there() -> None:
+    seen, ((*_, (last, _)),) = seen_by(RewindsAtItsEnd(), 6, epochs=1)
+    assert int(last) == 2  # the sixth, of four in a pass
+    assert [int(batch[0]) for batch in seen] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ BY_HAND: dict[str, Callable[[Steps, Tensor], Tensor]] = {
     "output": lambda steps, x: steps.model(x).logits,
     "keyword": lambda steps, x: steps.model(pixel_values=x),
     "head on backbone": lambda steps, x: steps.top(steps.embed(x)),
+    "twice": lambda steps, x: (steps.model(x), steps.model(x))[1],
     "labels beside": lambda steps, x: steps.model(x, labels=(LABELS.repeat(4))[: len(x)]).logits,
 }
 
@@ -63,7 +64,9 @@ BY_HAND: dict[str, Callable[[Steps, Tensor], Tensor]] = {
 @pytest.mark.parametrize("how", list(BY_HAND))
 def test_watch__finds_the_call_and_makes_it_again(how: str) -> None:
     torch.manual_seed(0)
-    form = {"labels beside": "output", "keyword": "tensor", "head on backbone": "tensor"}.get(how, how)
+    form = {"labels beside": "output", "keyword": "tensor", "head on backbone": "tensor", "twice": "tensor"}.get(
+        how, how
+    )
     steps = Steps(form).eval()
     spy = LogitsSpy(steps, None)
     with torch.no_grad():
@@ -88,6 +91,7 @@ def test_watch__finds_the_call_and_makes_it_again(how: str) -> None:
         (lambda steps, x: steps.top(steps.embed[2](steps.embed[1](steps.embed[0](x)))), "saw none"),
         (lambda steps, x: steps.top(steps.embed(x).relu()), "embed.*gives features"),
         (lambda steps, x: (steps.model(x), steps.embed(x)), "saw 2"),
+        (lambda steps, x: (steps.model(x), steps.model(x.flip(-1))), "saw 2"),
         (lambda steps, x: (steps.top(steps.embed(x)), steps.model(x)), "saw 2"),
     ],
 )
