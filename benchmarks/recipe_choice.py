@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import itertools
 import json
 import math
-import queue
 import statistics
 import time
 from collections import defaultdict
@@ -27,15 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as multiprocessing
+from grid import read, run_all
+from recipes import BACKBONES
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 SIZE, STORED = 128, 146
-BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
-    "mobilenetv2_035": ("mobilenetv2_035.keras_in1k.safetensors", {"pad_type": "same", "bn_eps": 1e-3}),
-    "tf_efficientnet_lite0": ("tf_efficientnet_lite0.in1k.fp16.safetensors", {}),
-}
 
 
 def jobs(block: str) -> list[dict[str, Any]]:
@@ -336,24 +333,15 @@ def run(job: dict[str, Any], sets: Sets) -> dict[str, Any]:
     }
 
 
-def work(tasks: Any, results: Any, root: Path, device: str, deadline: float) -> None:
-    torch.set_num_threads(1)
-    sets = Sets(root, torch.device(device))
-    while time.time() < deadline:
-        try:
-            job = tasks.get_nowait()
-        except queue.Empty:
-            break
-        try:
-            results.put(run(job, sets))
-        except Exception as error:
-            results.put({**job, "error": f"{type(error).__name__}: {error}"})
-    results.put(None)
+def runner(root: Path, device: str) -> Any:
+    return functools.partial(run, sets=Sets(root, torch.device(device)))
+
+
+NAMES = ("data", "backbone", "per_class", "epochs", "batch", "lr", "span", "bn", "head", "schedule", "seed")
 
 
 def key(row: dict[str, Any]) -> str:
-    names = ("data", "backbone", "per_class", "epochs", "batch", "lr", "span", "bn", "head", "schedule", "seed")
-    return json.dumps([row[name] for name in names])
+    return json.dumps([row[name] for name in NAMES])
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -402,36 +390,12 @@ def main() -> None:
         for name, split in itertools.product(("monkeys10", "rsscn7"), ("train", "val")):
             torch.save(read_set(options.data / name / split), options.data / f"{name}.{split}.pt")
         return
-    done = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
-    known = {key(row) for row in done}
-    spawn = multiprocessing.get_context("spawn")
-    tasks, results = spawn.Queue(), spawn.Queue()
+    known = {key(row) for row in read(options.out)}
     todo = sorted((job for block in options.blocks for job in jobs(block)), key=lambda job: job["seed"])
     todo = [job for job in todo if job["backbone"] in options.backbones and str(job["per_class"]) in options.per_class]
     todo = [job for job in {key(job): job for job in todo}.values() if key(job) not in known][: options.most]
-    for job in todo:
-        tasks.put(job)
-    time.sleep(0.5)
-    deadline = time.time() + options.seconds
-    workers = [
-        spawn.Process(target=work, args=(tasks, results, options.data, options.device, deadline))
-        for _ in range(options.processes)
-    ]
-    for worker in workers:
-        worker.start()
-    running = len(workers)
-    with options.out.open("a") as file:
-        while running:
-            row = results.get()
-            if row is None:
-                running -= 1
-                continue
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            done.append(row)
-    print(f"{len(done)} of {len(todo) + len(known)} runs; {sum('error' in row for row in done)} errors")
-    for row in [row for row in done if "error" in row][:3]:
-        print(row)
+    start = functools.partial(runner, options.data, options.device)
+    done = run_all(todo, options.out, NAMES, start, options.processes, options.seconds)
     done = [row for row in done if "error" not in row]
     for block, factor in (
         ("rates", ("bn", "span", "lr")),

@@ -23,12 +23,12 @@ Each line of the output is one run. Rates, spans and rules of this package's rec
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import logging
 import math
 import platform
-import queue
 import statistics
 import subprocess
 import tempfile
@@ -42,14 +42,16 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-import torch.multiprocessing as multiprocessing
+from grid import read, run_all
 from lightning.pytorch.callbacks import BackboneFinetuning, Callback
 from torch.nn import functional as F
 
 from lightning_unfreeze import (
+    BestWeights,
     CosineRestarts,
     GradualUnfreeze,
     ImageFolderData,
+    LRFinderPerStage,
     PrecomputeFeatures,
     Stage,
     TransferClassifier,
@@ -106,6 +108,7 @@ class Setting:
         if job["per_class"]:
             root = few(root, job["per_class"], job["seed"], Path(folder) / "few")
         self.root = root
+        self.notes: dict[str, Any] = {}  # what the row says beside the scores
 
     def data(self, **changes: Any) -> ImageFolderData:
         common = {"image_size_px": self.options.size_px, "data_config": HALF, "batch_size": 32}
@@ -163,6 +166,12 @@ def few(root: Path, per_class: int, seed: int, out: Path) -> Path:
 def staged(setting: Setting, callbacks: list[Callback]) -> Any:
     module = setting.module()
     setting.trainer(callbacks, enable_checkpointing=True).fit(module, datamodule=setting.data())
+    for callback in callbacks:
+        if isinstance(callback, LRFinderPerStage):
+            rates = {name: test.suggestion for name, test in callback.results.items()}
+            setting.notes["rates"] = {name: rate and float(f"{rate:.2g}") for name, rate in rates.items()}
+        if isinstance(callback, BestWeights):
+            setting.notes["path"] = {name: round(value, 4) for name, value in callback.scores.items()}
     return module
 
 
@@ -319,7 +328,6 @@ OURS = ("nine_steps", "fine_tune")
 def run(job: Job, options: argparse.Namespace) -> Job:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(job, options, folder)
@@ -328,24 +336,26 @@ def run(job: Job, options: argparse.Namespace) -> Job:
         found = made if isinstance(made, dict) else setting.scores(made)
     where = torch.cuda.get_device_name() if options.accelerator_device == "cuda" else f"CPU, {platform.machine()}"
     tries = len(RATES.get(job["arm"], (0,)))
-    return {**job, **found, "seconds": round(seconds / tries, 2), "tries": tries, "on": where, "px": options.size_px}
+    return {
+        **job,
+        **found,
+        **setting.notes,
+        "seconds": round(seconds / tries, 2),
+        "tries": tries,
+        "on": where,
+        "px": options.size_px,
+    }
 
 
-def work(tasks: Any, results: Any, options: argparse.Namespace, deadline: float) -> None:
-    while time.time() < deadline:
-        try:
-            job = tasks.get(timeout=1)
-        except queue.Empty:
-            break
-        try:
-            results.put(run(job, options))
-        except Exception as error:
-            results.put({**job, "error": f"{type(error).__name__}: {str(error)[-300:]}"})
-    results.put(None)
+def runner(options: argparse.Namespace) -> Callable[[Job], Job]:
+    return functools.partial(run, options=options)
+
+
+NAMES = ("set", "backbone", "per_class", "arm", "seed")
 
 
 def key(row: Job) -> str:
-    return json.dumps([row[name] for name in ("set", "backbone", "per_class", "arm", "seed")])
+    return json.dumps([row[name] for name in NAMES])
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -430,35 +440,16 @@ def main() -> None:
     options.accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     options.accelerator_device = options.accelerator
     options.precision = "bf16-mixed" if options.accelerator == "cuda" else "32-true"
-    rows = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
+    rows = read(options.out)
     if not options.report:
         if options.data is None:
             parser.error("give --data, or --report for the tables of what there is")
-        known = {key(row) for row in rows if "error" not in row}
         names = ("seed", "per_class", "set", "backbone", "arm")
         grid = itertools.product(options.seeds, options.per_class, options.sets, options.backbones, options.arms)
         jobs = [dict(zip(names, values, strict=True)) for values in grid]
         jobs = [{**job, "per_class": job["per_class"] or None} for job in jobs]
-        spawn = multiprocessing.get_context("spawn")
-        tasks, results = spawn.Queue(), spawn.Queue()
-        for job in jobs:
-            if key(job) not in known:
-                tasks.put(job)
-        arguments = (tasks, results, options, time.time() + options.seconds)
-        workers = [spawn.Process(target=work, args=arguments) for _ in range(options.processes)]
-        for worker in workers:
-            worker.start()
-        running = len(workers)
-        with options.out.open("a") as file:
-            while running:
-                row = results.get()
-                if row is None:
-                    running -= 1
-                    continue
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                rows.append(row)
-                print({name: value for name, value in row.items() if name != "on"}, flush=True)
+        start = functools.partial(runner, options)
+        rows = run_all(jobs, options.out, NAMES, start, options.processes, options.seconds)
     print("\n".join(report([row for row in rows if "error" not in row])))
 
 

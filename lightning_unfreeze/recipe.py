@@ -9,17 +9,25 @@ from lightning.pytorch.callbacks import Callback
 from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage
 from lightning_unfreeze.callbacks.precompute import PrecomputeFeatures
 from lightning_unfreeze.callbacks.restarts import CosineRestarts
+from lightning_unfreeze.callbacks.snapshots import BestWeights
 from lightning_unfreeze.callbacks.tta import TTAEval
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.stages.plan import Stage
 
 
 def nine_steps(
-    network: str | None = None, lr_span: float = 1 / 9, max_cycles: int = 3, train_bn: bool = False
+    network: str | None = None,
+    lr_span: float = 1 / 9,
+    max_cycles: int = 3,
+    train_bn: bool = False,
+    head_epochs: int | None = None,
 ) -> list[Callback]:
     """The callbacks of the whole recipe, for `Trainer(callbacks=nine_steps())`.
 
-    `configs/nine_steps.yaml` is the same recipe for the command line.
+    The head is solved on stored features of four views an image, then trained on augmented images, then everything
+    trains; a stage that makes nothing better gives back what it started from. At the end the module has the best of the
+    weights along the path, by validation. `configs/nine_steps.yaml` is the same recipe for the command line; what the
+    defaults rest on is in `docs/recipes.md`.
 
     Args:
         network: Attribute of the module that holds the network; None finds it.
@@ -27,13 +35,15 @@ def nine_steps(
             pretraining data, 1/100 for data that is like it.
         max_cycles: Most cycles of the last stage, each twice as long as the one before; it ends when it over-fits.
         train_bn: Whether pretrained BatchNorm updates its statistics in layer groups that train.
+        head_epochs: None solves the head, which has to be linear; a number trains any head on stored features for that
+            long.
 
     >>> [stage.name for stage in nine_steps()[0].stages]
     ['head_on_features', 'head_augmented', 'full']
     """
     stages = [
-        Stage("head_on_features", train="head", epochs=2, precompute=True, lr="find"),
-        Stage("head_augmented", train="head", cycle_len=1, num_cycles=3),
+        _head("head_on_features", head_epochs),
+        Stage("head_augmented", train="head", lr="find", cycle_len=1, num_cycles=3, until="overfit"),
         Stage(
             "full",
             lr="find",
@@ -57,9 +67,10 @@ def fine_tune(
 ) -> list[Callback]:
     """The callbacks of the short recipe, for `Trainer(callbacks=fine_tune(5))`: the head, then one cycle of everything.
 
-    The nine steps in their order, without those that cost most: the head is solved on stored features instead of
-    trained on them and on augmented images, and there is one cosine cycle instead of several until over-fitting.
-    `configs/fine_tune.yaml` is the same recipe for the command line.
+    The nine steps in their order, without those that cost most: the head is not trained on augmented images, and there
+    is one cosine cycle instead of several until over-fitting. At the end the module has the best of the weights along
+    the path, by validation, among them those before the cycle. `configs/fine_tune.yaml` is the same recipe for the
+    command line.
 
     Args:
         epochs: Epochs in which everything trains.
@@ -75,18 +86,22 @@ def fine_tune(
     (True, [Fraction(5, 1)])
     """
     rate: float | Literal["find"] = "find" if lr is None else lr
-    if head_epochs is None:
-        head = Stage("head", train="head", precompute=True, solve=True)
-    else:
-        head = Stage("head", train="head", epochs=head_epochs, precompute=True, lr="find")
-    return _callbacks([head, Stage("full", lr=rate, lr_span=lr_span, cycle_len=epochs)], network, train_bn)
+    full = Stage("full", lr=rate, lr_span=lr_span, cycle_len=epochs)
+    return _callbacks([_head("head", head_epochs), full], network, train_bn)
+
+
+def _head(name: str, epochs: int | None) -> Stage:
+    if epochs is None:
+        return Stage(name, train="head", precompute=True, solve=True)
+    return Stage(name, train="head", epochs=epochs, precompute=True, lr="find")
 
 
 def _callbacks(stages: list[Stage], network: str | None, train_bn: bool) -> list[Callback]:
     return [
         GradualUnfreeze(stages, network, train_bn=train_bn),
-        PrecomputeFeatures(),
+        PrecomputeFeatures(num_views=4),
         LRFinderPerStage(),
         CosineRestarts(),
+        BestWeights(restore=True),
         TTAEval(),
     ]

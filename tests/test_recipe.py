@@ -35,7 +35,7 @@ def options_of(callback: Callback) -> dict[str, Any]:
     if isinstance(callback, GradualUnfreeze):
         options = {name: getattr(callback, name) for name in inspect.signature(GradualUnfreeze).parameters}
         return {**options, "stages": [rounded(stage) for stage in callback.stages]}
-    fresh = type(callback)()  # the others are made without arguments
+    fresh = type(callback)()
     return {
         name: getattr(callback, name) for name in inspect.signature(type(callback)).parameters if hasattr(fresh, name)
     }
@@ -91,7 +91,9 @@ def test_nine_steps__take_their_numbers() -> None:
     assert (conductor.network, conductor.train_bn) == ("model", True)
     full = conductor.stages[-1]
     assert (full.lr_span, full.num_epochs, full.until) == (1 / 100, 1, None)
-    assert [stage.num_epochs for stage in nine_steps(max_cycles=4)[0].stages] == [2, 3, 1 + 2 + 4 + 8]  # type: ignore[attr-defined]
+    assert [stage.num_epochs for stage in nine_steps(max_cycles=4)[0].stages] == [1, 3, 1 + 2 + 4 + 8]  # type: ignore[attr-defined]
+    head = nine_steps(head_epochs=2)[0].stages[0]  # type: ignore[attr-defined]
+    assert (head.solve, head.precompute, head.num_epochs, head.lr) == (False, True, 2, "find")
 
 
 def test_fine_tune__solves_or_trains_the_head_and_has_one_cycle() -> None:
@@ -111,7 +113,7 @@ def test_fine_tune__solves_or_trains_the_head_and_has_one_cycle() -> None:
 
 
 def test_recipes__serve_all_that_their_stages_need() -> None:
-    for recipe in (nine_steps(), fine_tune(5), fine_tune(5, head_epochs=2)):
+    for recipe in (nine_steps(), nine_steps(head_epochs=2), fine_tune(5), fine_tune(5, head_epochs=2)):
         (conductor, *_) = recipe
         assert isinstance(conductor, GradualUnfreeze)
         needed = {callback for stage in conductor.stages for callback in stage.needs.values()}
@@ -163,7 +165,7 @@ def test_nine_steps__run_on_a_task_with_a_scheduler_of_its_own_that_is_replaced(
     conductor = GradualUnfreeze(conductor.stages, train_bn=False, scheduler="replace")  # type: ignore[attr-defined]
     trainer = quiet_trainer([conductor, *others])
     trainer.fit(ScenesTask(), DataLoader(Scenes(), 4), DataLoader(Scenes(), 4))
-    assert trainer.current_epoch >= 2 + 3 + 1
+    assert trainer.current_epoch >= 1 + 2 + 1
     assert "val_acc_tta" in trainer.callback_metrics
 
 

@@ -123,6 +123,9 @@ class StageCallback(Callback):
     def on_weights_restored(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
         """Called when the weights that were kept last are in force again: what was found of others is void."""
 
+    def on_weights_chosen(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, are_new: bool) -> None:
+        """Called at the end of a fit whose module has its final weights; new ones were seen in no validation of it."""
+
     def wants_to_end_stage(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> bool:
         """Asked at the end of each epoch: True ends the stage early. Has to be the same on every rank."""
         return False

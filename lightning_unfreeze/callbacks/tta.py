@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from lightning_unfreeze.callbacks.base import StageCallback, players
 from lightning_unfreeze.data.datasets import innermost_dataset
 from lightning_unfreeze.inside_lightning.distributed import gather_objects
+from lightning_unfreeze.inside_lightning.metrics import pin_callback_metrics, validate_aside
 from lightning_unfreeze.reporting import save_figure
 from lightning_unfreeze.stages.plan import Stage
 from lightning_unfreeze.tta.collect import Answers, Pass
@@ -161,7 +162,7 @@ class TTAEval(StageCallback):
         self._pictures: dict[str, Callable[[], Figure]] = {}
         self._found_at = -1  # the optimizer step of the last augmented validation
         self._kept: tuple[dict[str, TTAResult], dict[str, Callable[[], Figure]]] | None = None
-        self._trying = self._tried = False
+        self._trying = self._tried = self._chosen = False
         self._failure: str | None = None
         self._activation: Activation | None = None
 
@@ -252,6 +253,19 @@ class TTAEval(StageCallback):
         of_test = {name: result for name, result in self.results.items() if not name.startswith("val")}
         self.results, self._pictures = self._kept or (of_test, {})
 
+    def on_weights_chosen(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, are_new: bool) -> None:
+        """Validates the final weights with all views, where that was not done; `results` and the picture are theirs."""
+        known = not are_new and any(name.startswith("val") for name in self.results)
+        if "validate" not in self.on or self._failure or known:
+            return
+        self.results = {name: result for name, result in self.results.items() if not name.startswith("val")}
+        self._chosen = True
+        try:
+            pin_callback_metrics(trainer, validate_aside(trainer, [self]))
+        finally:
+            self._chosen = False
+        self._draw(trainer)
+
     def on_stage_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
         """Draws the stage's last augmented validation."""
         self._draw(trainer)
@@ -292,7 +306,7 @@ class TTAEval(StageCallback):
     def _is_due(self, trainer: pl.Trainer, kind: Kind) -> bool:
         if kind not in self.on:
             return False
-        if trainer.state.fn != TrainerFn.FITTING:
+        if trainer.state.fn != TrainerFn.FITTING or self._chosen:
             return True
         if trainer.sanity_checking or self.run is None or self.run.stage.precompute or self._failure:
             return False

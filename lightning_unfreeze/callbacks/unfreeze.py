@@ -19,6 +19,7 @@ from lightning_unfreeze.callbacks.base import Conductor, StageRun, players
 from lightning_unfreeze.inside_lightning.clashes import (
     refuse_clashing_callbacks,
     refuse_clashing_optimizer,
+    refuse_frozen_statistics,
     refuse_search_on_resume,
 )
 from lightning_unfreeze.inside_lightning.distributed import (
@@ -37,7 +38,7 @@ from lightning_unfreeze.inside_lightning.stopping import early_stoppers, follow,
 from lightning_unfreeze.inside_lightning.writers import PlanWatch
 from lightning_unfreeze.layers.freezing import fixed_parameters, frozen_modules, select, trained_parameters
 from lightning_unfreeze.layers.groups import LayerGroup, layer_groups
-from lightning_unfreeze.layers.modes import FrozenModes, pretrained_batch_norm
+from lightning_unfreeze.layers.modes import FrozenModes, has_statistics, pretrained_batch_norm
 from lightning_unfreeze.layers.param_groups import (
     given_lr,
     layer_group_of,
@@ -221,6 +222,8 @@ class GradualUnfreeze(Conductor):
         refuse_clashing_optimizer(trainer.optimizers[0])  # Lightning refuses several with automatic optimization
         schedulers = self._schedulers_that_go_on(trainer)
         split_optimizer(trainer.optimizers[0], self.groups, schedulers)
+        if not self.train_bn:
+            self._check_rates_beside_frozen_statistics(trainer.optimizers[0], pl_module)
         self._log_plan(trainer)
         show_on_bar(trainer, "stage", self._on_bar)
         self.enter_stage(trainer)
@@ -319,12 +322,31 @@ class GradualUnfreeze(Conductor):
         The user's own ratio is the rate that `configure_optimizers` gave the param group over that of the last layer
         group; so `lr=None` keeps the given rates, and a number or a range test keeps what lies between them.
         """
-        param_groups, chosen, ratios = trainer.optimizers[0].param_groups, self.trained(stage), self.ratios(stage)
+        optimizer = trainer.optimizers[0]
+        for group, peak in zip(optimizer.param_groups, self._peaks(optimizer, stage), strict=True):
+            set_peak_lr(group, peak)
+
+    def _peaks(self, optimizer: torch.optim.Optimizer, stage: Stage) -> list[float]:
+        param_groups, chosen, ratios = optimizer.param_groups, self.trained(stage), self.ratios(stage)
+        peaks = []
         for group, own in zip(param_groups, own_ratios(param_groups, list(self.groups)[-1]), strict=True):
             name = layer_group_of(group)
             peak = stage.lr * own if isinstance(stage.lr, float | int) else given_lr(group)
             # a solved head is scored by an epoch in which nothing moves
-            set_peak_lr(group, peak * ratios[name] if name in chosen and not stage.solve else 0.0)
+            peaks.append(peak * ratios[name] if name in chosen and not stage.solve else 0.0)
+        return peaks
+
+    def _check_rates_beside_frozen_statistics(
+        self, optimizer: torch.optim.Optimizer, pl_module: pl.LightningModule
+    ) -> None:
+        """Refuses given rates that are known to destroy a network; a range test sees for itself."""
+        norms = [norm for norm in pretrained_batch_norm(pl_module, self.groups) if has_statistics(norm)]
+        scales = {parameter for norm in norms for parameter in norm.parameters()}
+        for stage in self.stages:
+            peaks = zip(optimizer.param_groups, self._peaks(optimizer, stage), strict=True)
+            rates = [peak for group, peak in peaks if scales.intersection(group["params"])]
+            if stage.lr != "find" and rates:
+                refuse_frozen_statistics(optimizer, stage.name, min(rates))
 
     @contextmanager
     def around_stage_start(self, trainer: pl.Trainer, run: StageRun) -> Iterator[None]:

@@ -13,6 +13,9 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 
+_COLLAPSES_FROM = 1e-3  # measured: docs/recipes.md
+_ADAMS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax)
+
 
 def refuse_clashing_callbacks(trainer: pl.Trainer, plan: Callback) -> None:
     """Refuses callbacks of Lightning's and of others that write what the owner of the plan writes.
@@ -65,4 +68,23 @@ def refuse_clashing_optimizer(optimizer: torch.optim.Optimizer) -> None:
     if isinstance(optimizer, torch.optim.LBFGS):
         raise MisconfigurationException(
             "LBFGS takes one param group, and stages need one per layer group; use another optimizer, e.g. AdamW"
+        )
+
+
+def refuse_frozen_statistics(optimizer: torch.optim.Optimizer, stage: str, lowest_rate: float) -> None:
+    """Refuses a stage whose weights would run away from BatchNorm statistics that stay.
+
+    Args:
+        optimizer: The known collapses are those of Adam's kind.
+        stage: Its name.
+        lowest_rate: Of all layer groups with pretrained BatchNorm; 0 where one of them is frozen.
+
+    Raises:
+        MisconfigurationException: Saying which rates do.
+    """
+    if lowest_rate >= _COLLAPSES_FROM * (1 - 1e-9) and isinstance(optimizer, _ADAMS):
+        raise MisconfigurationException(
+            f"stage {stage!r}: train_bn=False keeps the statistics of the pretrained BatchNorm, and "
+            f"{type(optimizer).__name__} at a rate of {lowest_rate:.2g} or more in every layer group moves the weights "
+            "away from under them: such networks fell to chance; take lr=3e-4, lr_span=1/9 or train_bn=True"
         )

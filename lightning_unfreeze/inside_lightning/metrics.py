@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from torch import Tensor
 
@@ -44,15 +45,15 @@ def unpin_callback_metrics(trainer: pl.Trainer) -> None:
         connector._callback_metrics.update(vars(connector).pop("pinned"))
 
 
-def validate_aside(trainer: pl.Trainer) -> dict[str, float]:
-    """Runs the module's validation once and returns what it logged; no callback and no logger hears of it.
+def validate_aside(trainer: pl.Trainer, heard_by: Sequence[Callback] = ()) -> dict[str, float]:
+    """Runs the module's validation once and returns what it logged; no other callback and no logger hears of it.
 
     For the end of a fit, with whatever weights the module has. The random state and the Trainer's metrics are put back.
     A collective call. There is no public way to validate inside a fit; guarded by
     `test_metrics__a_validation_aside_is_that_of_the_trainer` (Lightning 2.6).
     """
     loop = trainer.fit_loop.epoch_loop.val_loop
-    with _nobody_hears(trainer):
+    with _heard_by(trainer, list(heard_by)):
         loop.restarting = False
         trainer.validating = True
         loop.run()
@@ -62,7 +63,7 @@ def validate_aside(trainer: pl.Trainer) -> dict[str, float]:
 
 
 @contextmanager
-def _nobody_hears(trainer: pl.Trainer) -> Iterator[None]:
+def _heard_by(trainer: pl.Trainer, hearers: list[Callback]) -> Iterator[None]:
     connector: Any = trainer._logger_connector
     names = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics", "_first_loop_iter", "_current_fx")
     before = {name: getattr(connector, name) for name in names}
@@ -70,7 +71,7 @@ def _nobody_hears(trainer: pl.Trainer) -> Iterator[None]:
     callbacks, loggers, random_state = trainer.callbacks, trainer.loggers, rng_state()  # type: ignore[attr-defined]
     connector.__class__ = _LoggerConnector
     connector.reset_metrics()
-    trainer.callbacks, trainer.loggers = [], []  # type: ignore[attr-defined]
+    trainer.callbacks, trainer.loggers = hearers, []  # type: ignore[attr-defined]
     try:
         yield
     finally:

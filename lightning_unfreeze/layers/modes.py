@@ -62,3 +62,9 @@ def pretrained_batch_norm(module: nn.Module, groups: Mapping[str, LayerGroup]) -
     return [
         part for part in module.modules() if isinstance(part, _BatchNorm) and pretrained.issuperset(part.parameters())
     ]
+
+
+def has_statistics(norm: nn.Module) -> bool:
+    """Whether a BatchNorm's statistics are of some data, and not as they were made (mean 0, variance 1)."""
+    mean, variance = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
+    return mean is not None and variance is not None and bool((mean != 0).any() or (variance != 1).any())

@@ -106,7 +106,8 @@ class StageJournal:
         fresh = self._metric and self._metric[-1][0] == trainer.global_step
         scores = f"{metric_name(trainer)} = {self._metric[-1][1]:.4g}" if fresh else ""
         own = row(f"as trained, {trainer.global_step} steps", "in memory", scores)
-        show(table_of([own, *checkpoint_rows(trainer), *rows], title="weights"))
+        trained = [] if any(each["file"].startswith(own["file"]) for each in rows) else [own]
+        show(table_of([*trained, *checkpoint_rows(trainer), *rows], title="weights"))
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, in primitives."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.snapshots import BestWeights
+from lightning_unfreeze.callbacks.tta import TTAEval
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.stages.plan import Stage
 from lightning_unfreeze.stages.soups import greedy_soup, mix
@@ -112,3 +113,50 @@ def test_soups__mix_by_hand_and_take_what_helps() -> None:
     assert mix(points)["n"].item() == 0
     # to come near 3: 4 alone is 1 off, with 10 it would be 4 off, with 0 it is 1 off: no worse
     assert greedy_soup(points, lambda mixed: -abs(float(mixed["w"]) - 3)) == [0, 2]
+
+
+class Moves(Callback):
+    """Spoils the last cycle, so that the best along the path is not the end."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch == 3:
+            with torch.no_grad():
+                pl_module.net.head[2].weight.mul_(-30)  # type: ignore[union-attr, index, operator]
+
+
+def test_best_weights__restored_are_what_module_metrics_and_views_speak_of(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, best, views = UserModule(SmallNet()), BestWeights(restore=True), TTAEval()
+    callbacks = [GradualUnfreeze(PLAN), CosineRestarts(), Moves(), best, views, ModelCheckpoint(tmp_path)]
+    trainer = quiet_trainer(callbacks, enable_checkpointing=True)
+    data: Any = loader(shuffle=True), loader(random_images(seed=5), batch_size=24)
+    trainer.fit(module, *data)
+
+    lowest = min(best.scores.values())
+    assert lowest < best.scores["as the fit left them"], "the case is none"
+    assert loss_of(weights_of(module)) == pytest.approx(lowest, rel=1e-5)
+    assert same_weights(weights_of(module), torch.load(best.best_path, weights_only=True)["state_dict"]) == []
+    assert float(trainer.callback_metrics["val_loss"]) == pytest.approx(lowest, rel=1e-5)
+    found = views.results["val"]
+    (logged,) = quiet_trainer([TTAEval()]).validate(module, data[1], verbose=False)
+    assert found.metrics["val_nll_plain"] == pytest.approx(lowest, rel=1e-4)
+    assert found.metrics["val_nll_tta"] == pytest.approx(logged["val_nll_tta"], rel=1e-5)
+    assert float(trainer.callback_metrics["val_nll_tta"]) == pytest.approx(logged["val_nll_tta"], rel=1e-5)
+    (again,) = trainer.validate(module, data[1], verbose=False)
+    assert float(trainer.callback_metrics["val_loss"]) == again["val_loss"], "no metric stays pinned after the fit"
+
+
+def test_best_weights__a_stage_that_gave_back_its_start_is_walked_to_its_last_cycle_end(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plan = [PLAN[0], Stage("full", lr=30.0, cycle_len=1, num_cycles=2, until="overfit")]
+    module, best, every, views = UserModule(SmallNet()), BestWeights(restore=True), EveryEpoch(), TTAEval()
+    callbacks = [GradualUnfreeze(plan), CosineRestarts(), every, best, views, ModelCheckpoint(tmp_path)]
+    data = loader(shuffle=True), loader(random_images(seed=5), batch_size=24)
+    quiet_trainer(callbacks, enable_checkpointing=True).fit(module, *data)
+
+    start, *ends = every.ends
+    assert best.scores["as the fit left them"] == best.scores["start"] < min(map(loss_of, ends))
+    for share in (0.25, 0.5, 0.75):
+        by_hand = loss_of(average([start, ends[-1]], [1 - share, share]))
+        assert best.scores[f"{share:.0%} of the way"] == pytest.approx(by_hand, rel=1e-5)
+    assert views.results["val"].metrics["val_nll_plain"] == pytest.approx(min(best.scores.values()), rel=1e-4)

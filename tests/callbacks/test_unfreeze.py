@@ -797,3 +797,32 @@ def test_unfreeze__train_bn_false_keeps_pretrained_statistics_and_trains_their_s
     statistics |= {f"backbone.{i}.1.num_batches_tracked" for i in (0, 1)}
     assert results[True] - results[False] == statistics
     assert {"head.1.running_mean", "backbone.0.1.weight", "backbone.0.1.bias"} <= results[False]
+
+
+@pytest.mark.parametrize(
+    ("plan", "options", "optimizer", "trained_before"),
+    [
+        (Stage("full", lr=1e-3, epochs=1), {}, "adamw", True),
+        (Stage("full", lr=9e-3, lr_span=1 / 9, epochs=1), {}, "adamw", True),
+        (Stage("full", lr=9e-4, epochs=1), {}, "adamw", True),
+        (Stage("full", lr=8e-3, lr_span=1 / 9, epochs=1), {}, "adamw", True),
+        (Stage("top", train=1, lr=1e-3, epochs=1), {}, "adamw", True),
+        (Stage("full", lr=1e-3, epochs=1), {"train_bn": True}, "adamw", True),
+        (Stage("full", lr=1e-3, epochs=1), {}, "sgd", True),
+        (Stage("full", lr=1e-3, epochs=1), {}, "adamw", False),
+    ],
+    ids=["as high", "as high below a span", "lower", "span", "head alone", "statistics train", "SGD", "no statistics"],
+)
+def test_unfreeze__rates_that_destroy_a_network_beside_frozen_statistics_are_refused(
+    request: pytest.FixtureRequest, plan: Stage, options: Any, optimizer: str, trained_before: bool
+) -> None:
+    torch.manual_seed(0)
+    module = UserModule(SmallNet(), optimizer=optimizer)
+    if trained_before:
+        module.net.backbone(torch.randn(8, 3, 12, 12))  # in train mode: the statistics are of these
+    trainer = quiet_trainer([GradualUnfreeze([plan], **{"train_bn": False, **options})])
+    if "as high" in request.node.callspec.id:
+        with pytest.raises(MisconfigurationException, match=r"AdamW at a rate of 0\.001.*lr_span=1/9 or train_bn=True"):
+            trainer.fit(module, loader())
+    else:
+        trainer.fit(module, loader())
