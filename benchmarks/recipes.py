@@ -193,7 +193,8 @@ def plain_arm(kind: str) -> Callable[[Setting], Any]:
         for rate in RATES[kind]:
             module = setting.module(Plain)
             module.peak, module.kind = rate, kind
-            setting.trainer([], max_epochs=EPOCHS).fit(module, datamodule=setting.data())
+            # scored once, at the end
+            setting.trainer([], max_epochs=EPOCHS, limit_val_batches=0).fit(module, datamodule=setting.data())
             accuracy = setting.scores(module)["val_acc"]
             if accuracy > best[0]:
                 best = (accuracy, module)
