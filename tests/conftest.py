@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 import os
 import warnings
 from collections.abc import Iterator
@@ -21,8 +19,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_unfreeze.data.loaders import EpochSampler, KeyedDataset, ResumableLoader
 
 torch.set_num_threads(1)
-# each Trainer looks for callbacks of other packages, through the metadata of all that is installed (Lightning 2.6)
-importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
 
 SHARED = Path(__file__).parents[1].resolve().parent / "shared"
 
