@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_unfreeze.data.digits import DigitsData
-from lightning_unfreeze.digits_resnet import WEIGHTS
 from lightning_unfreeze.module import TransferClassifier
+from lightning_unfreeze.module.digits_resnet import WEIGHTS
 
 
 def fit(data: DigitsData, module: TransferClassifier, max_epochs: int) -> pl.Trainer:

@@ -42,7 +42,7 @@ from lightning.pytorch.callbacks import BackboneFinetuning, Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-import lightning_unfreeze.digits_resnet  # noqa: F401  (timm knows the demo's backbone from here on)
+import lightning_unfreeze.module.digits_resnet  # noqa: F401  (timm knows the demo's backbone from here on)
 from lightning_unfreeze import GradualUnfreeze, ImageFolderData, PrecomputeFeatures, Stage
 from lightning_unfreeze.data.digits import DigitsData
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import lightning_unfreeze
 
@@ -77,38 +81,36 @@ def test_pure_modules__import_nothing_of_ours_and_little_else(name: str, allowed
     assert outer(at(name)) <= allowed
 
 
-# what a room may import of the others; the way is downhill only
-LEAVES = {"seeding", "reporting"}
+# what a room may import of the others; the way is downhill only, as CONTRIBUTING draws it
 ALLOWED = {
-    "seeding": set(),
-    "reporting": set(),
-    "layers": set(),
-    "stages": {"layers", "reporting"},
-    "data": {"seeding"},
-    "features": {"data", "seeding"},
-    "inside_lightning": {"layers", "seeding"},
-    "tta": {"inside_lightning", "data", "seeding"},
-    "callbacks": {"features", "tta", "inside_lightning", "data", "stages", "layers", *LEAVES},
-    "digits_resnet": set(),
-    "classifier": {"digits_resnet", "layers", "seeding"},
-    "module": {"classifier", "layers", "data"},
-    "recipe": {"callbacks", "stages"},
-    "preview": {"callbacks", "features", "inside_lightning", "data", "stages", "layers", *LEAVES},
+    "__main__": {"cli"},
+    "cli": {"study", "recipe", "preview", "module", "callbacks", "stages", "data", "reporting"},
     "study": {
         "recipe",
         "preview",
         "callbacks",
-        "features",
         "tta",
         "inside_lightning",
-        "data",
-        "stages",
-        "layers",
+        "features",
         "module",
-        *LEAVES,
+        "stages",
+        "data",
+        "layers",
+        "reporting",
+        "seeding",
     },
-    "cli": {"study", "recipe", "preview", "module", "classifier", "callbacks", "stages", "data", *LEAVES},
-    "__main__": {"cli"},
+    "preview": {"callbacks", "inside_lightning", "features", "stages", "layers"},
+    "recipe": {"callbacks", "stages"},
+    "callbacks": {"tta", "inside_lightning", "features", "stages", "data", "layers", "reporting", "seeding"},
+    "tta": {"inside_lightning", "data", "seeding"},
+    "inside_lightning": {"features", "layers", "reporting", "seeding"},
+    "module": {"data", "layers", "seeding"},
+    "features": {"data", "layers", "seeding"},
+    "stages": {"layers", "reporting"},
+    "data": {"seeding"},
+    "layers": set(),
+    "reporting": set(),
+    "seeding": set(),
 }
 
 
@@ -130,6 +132,17 @@ def test_rooms__import_only_what_lies_below(room: str) -> None:
 
 def test_rooms__are_all_in_the_table() -> None:
     assert {room_of(name) for name in MODULES if name != OURS} == set(ALLOWED)
+
+
+def test_contributing__draws_every_room_above_what_it_may_import() -> None:
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    floors = text.split("```text\n")[1].split("```")[0].splitlines()
+    floor_of = {
+        word: number for number, floor in enumerate(floors) for word in re.split(r" {4,}", floor)[0].split()
+    } | {"__main__": -1}
+    assert set(floor_of) == set(ALLOWED)
+    upward = {f"{room} -> {other}" for room in ALLOWED for other in ALLOWED[room] if floor_of[other] <= floor_of[room]}
+    assert upward == set()
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "callbacks").glob("[!_]*.py")), ids=lambda path: path.stem)
@@ -154,6 +167,60 @@ def test_package__never_prints_nor_validates_by_assert(path: Path) -> None:
         assert not isinstance(node, ast.Assert), where
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id != "print", where
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def defined_in(tree: ast.AST) -> set[str]:
+    """Names of functions and classes, and of what is set on `self` or in a module."""
+    names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return names | {
+        node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+    }
+
+
+def lightnings_private_names() -> set[str]:
+    """Of its attributes, methods, classes; without those that torch or we have, too."""
+    (folder,) = importlib.util.find_spec("lightning.pytorch").submodule_search_locations
+    fabric = Path(folder).parent / "fabric"
+    theirs = set().union(
+        *(defined_in(ast.parse(path.read_text())) for root in (Path(folder), fabric) for path in root.rglob("*.py"))
+    )
+    ours = set().union(
+        *(defined_in(ast.parse(path.read_text())) for path in FILES if "inside_lightning" not in path.parts)
+    )
+    torchs = {*dir(torch.Tensor), *vars(torch.nn.Module()), *dir(torch.utils.data.DataLoader)}
+    return {name for name in theirs if private(name)} - ours - torchs
+
+
+def touched_in(path: Path) -> Iterator[tuple[int, str]]:
+    """Names that are imported or looked up: `thing.name`, `getattr(thing, "name")`, `vars(thing)["name"]`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("lightning.", "pytorch_lightning")):
+            yield from ((node.lineno, name) for alias in node.names for name in [*node.module.split("."), alias.name])
+        elif isinstance(node, ast.Call | ast.Subscript):
+            inside = node.args[1:2] if isinstance(node, ast.Call) else [node.slice]
+            yield from ((node.lineno, str(each.value)) for each in inside if isinstance(each, ast.Constant))
+
+
+def test_package__touches_lightnings_private_names_in_one_room_alone() -> None:
+    theirs = lightnings_private_names()
+    assert {"_data_source", "_combined_loader", "_DataLoaderSource", "_trainer", "_batch_sampler"} <= theirs
+    touches = {path: sorted(set(touched_in(path))) for path in FILES}
+    found = {
+        f"{path.relative_to(PACKAGE)}:{line} {name}"
+        for path, names in touches.items()
+        for line, name in names
+        if name in theirs and "inside_lightning" not in path.parts
+    }
+    assert found == set()
+    room = {name for path, names in touches.items() if "inside_lightning" in path.parts for _, name in names}
+    assert room & theirs >= {"_data_source", "_combined_loader", "_DataLoaderSource", "_batch_sampler"}
 
 
 def test_package__has_no_drawer_for_odds_and_ends() -> None:

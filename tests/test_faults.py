@@ -30,7 +30,6 @@ from lightning.pytorch.loops import _EvaluationLoop, _TrainingEpochLoop
 from lightning.pytorch.strategies import DDPStrategy
 from matplotlib.figure import Figure
 
-from lightning_unfreeze.callbacks import precompute
 from lightning_unfreeze.callbacks.base import Conductor, StageCallback
 from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage
 from lightning_unfreeze.callbacks.precompute import PrecomputeFeatures
@@ -566,7 +565,7 @@ def test_resume__keeps_the_decision_whether_a_store_pays(
     def run(estimate: bool, folder: str, ckpt: Path | None = None, *callbacks: Callback) -> dict[str, torch.Tensor]:
         seconds = [0.001, 1.0] if estimate else [1.0, 0.001]  # of an image: with a store, without
         monkeypatch.setattr(FeaturePass, "seconds_per_image", lambda *_: seconds[0])
-        monkeypatch.setattr(precompute, "seconds", lambda *_: 8 * seconds[1])
+        monkeypatch.setattr("lightning_unfreeze.features.estimate.seconds", lambda *_: 8 * seconds[1])
         torch.manual_seed(0)
         module = UserModule(SmallNet())
         stages = [Stage("head", train="head", epochs=3, precompute=True)]

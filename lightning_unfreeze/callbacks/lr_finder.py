@@ -18,7 +18,7 @@ from lightning_unfreeze.inside_lightning.loaders import fresh_batches
 from lightning_unfreeze.inside_lightning.sandbox import sandbox
 from lightning_unfreeze.inside_lightning.steps import optimizer_step
 from lightning_unfreeze.layers.param_groups import peak_lr, set_lr, set_peak_lr
-from lightning_unfreeze.reporting import progress_bar, report_dir, save_figure, write_csv
+from lightning_unfreeze.reporting import log_metrics, progress_bar, report_dir, save_figure, write_csv
 from lightning_unfreeze.stages.plan import Stage
 from lightning_unfreeze.stages.range_test_rules import (
     Answer,
@@ -276,8 +276,7 @@ class LRFinderPerStage(StageCallback):
     def _show(self, trainer: pl.Trainer, name: str) -> None:
         result = self.results[name]
         if result.suggestion is not None:
-            for logger in trainer.loggers:
-                logger.log_metrics({f"lr_find/{name}": result.suggestion}, step=trainer.global_step)
+            log_metrics(trainer, {f"lr_find/{name}": result.suggestion})
         save_figure(trainer, result.plot(), f"lr_find_{name}")
         folder = report_dir(trainer)
         if folder is not None:

@@ -6,42 +6,34 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from fractions import Fraction
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import (
-    Callback,
-    Checkpoint,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    StochasticWeightAveraging,
-)
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_unfreeze.callbacks.base import StageCallback, conductor, players
-from lightning_unfreeze.inside_lightning.distributed import broadcast_buffers
-from lightning_unfreeze.inside_lightning.metrics import pin_callback_metrics, unpin_callback_metrics
-from lightning_unfreeze.inside_lightning.weights import (
-    KeptWeights,
-    keep_weights,
-    load_weights,
-    put_weights_back,
-    renew_last_checkpoints,
-    save_weights,
+from lightning_unfreeze.inside_lightning.best_so_far import BestSoFar
+from lightning_unfreeze.inside_lightning.clashes import (
+    refuse_other_optimizers,
+    refuse_other_rate_writers,
+    refuse_without_folder,
+    refuse_without_validation,
+    refuse_without_validation_at_epoch_end,
 )
+from lightning_unfreeze.inside_lightning.metrics import unpin_callback_metrics
+from lightning_unfreeze.inside_lightning.steps import epochs_of_fit, steps_of_epoch
+from lightning_unfreeze.inside_lightning.weights import save_weights
 from lightning_unfreeze.inside_lightning.writers import check_rates
-from lightning_unfreeze.layers.param_groups import scale_lr
-from lightning_unfreeze.reporting import is_due_to_log, report_dir
-from lightning_unfreeze.stages.cycles import Course, as_fraction, cycle_at
+from lightning_unfreeze.layers.param_groups import scale_lr, set_momentum
+from lightning_unfreeze.reporting import is_due_to_log, log_metrics, report_dir
+from lightning_unfreeze.stages.cycles import Course, cycle_at
 from lightning_unfreeze.stages.plan import Stage
 from lightning_unfreeze.stages.schedules import Shape, cycling_momentum
-from lightning_unfreeze.stages.until import Judge, Mode, direction, find_monitor
+from lightning_unfreeze.stages.until import Judge, Monitor
 from lightning_unfreeze.tta.ensemble import AveragedForward
-
-_Time = Fraction | float
 
 
 class CosineRestarts(StageCallback):
@@ -103,12 +95,7 @@ class CosineRestarts(StageCallback):
         min_delta: float = 0.0,
     ) -> None:
         self.shape = Shape(shape, floor, decay, warmup, first_steps_warmup)
-        if mode not in ("auto", "min", "max"):
-            raise ValueError(f"mode={mode!r} is not 'auto', 'min' or 'max'")
-        if monitor is not None and mode == "auto" and direction(monitor) is None:
-            raise ValueError(
-                f"monitor={monitor!r}: its name does not tell whether less is better; set mode='min' or 'max'"
-            )
+        self._monitor = Monitor(monitor, mode)
         if min_delta < 0:
             raise ValueError(f"min_delta={min_delta} has to be 0 or more")
         if momentum is not None and not 0 <= momentum[0] <= momentum[1] < 1:
@@ -117,27 +104,19 @@ class CosineRestarts(StageCallback):
             raise ValueError("ensemble=True averages over snapshots; set snapshots=True too")
         cycle_at(0, 1 if cycle_len is None else cycle_len, cycle_mult)  # refuses what is no length
         self.cycle_len, self.cycle_mult = cycle_len, cycle_mult
-        self.momentum = momentum
+        self.momentum, self.min_delta = momentum, min_delta
         self.save_snapshots, self.ensemble = snapshots, ensemble
-        self.min_delta = min_delta
-        self._asked_monitor, self._asked_mode = monitor, mode
         self._averaged: AveragedForward | None = None
         self._forget()
 
     def _forget(self) -> None:
         """As before any fit."""
-        self.monitor = self._asked_monitor
-        self.mode: Mode = self._direction(self.monitor or "loss")
+        self._monitor.forget()
         self.snapshots: list[Path] = []
         self.cycle_values: dict[str, list[float]] = {}
         self._judges = False
-        # what the present weights scored in validation, and after which optimizer step
-        self._value: float | None = None
-        self._value_step = -1
-        self._scores: dict[str, float] = {}  # all that was logged with it
-        self._judge: Judge | None = None
-        self._best: KeptWeights | None = None
-        self._went_back: tuple[int, int] | None = None  # to the weights of which optimizer step, and when
+        self._judge: Judge | None = None  # of the present stage, where it has `until`
+        self._best = BestSoFar()
         self._course: Course | None = None  # of the present stage; None without cycles
         self._cycle: int | None = None  # that is running; None between the end of the last one and the next stage
         self._epoch_step = 0  # the optimizer step that the present epoch began with
@@ -153,56 +132,29 @@ class CosineRestarts(StageCallback):
             return
         self._forget()
         unpin_callback_metrics(trainer)
+        refuse_other_rate_writers(trainer)
         callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
-        for other in callbacks:
-            if isinstance(other, LearningRateFinder | StochasticWeightAveraging):
-                raise MisconfigurationException(
-                    f"{type(other).__name__} and CosineRestarts would both write the learning rates; keep one of them"
-                )
-            if isinstance(other, GradientAccumulationScheduler):
-                raise MisconfigurationException(
-                    "GradientAccumulationScheduler changes the number of optimizer steps of an epoch, and cycles are "
-                    "counted in steps; use Trainer(accumulate_grad_batches=...)"
-                )
         # after all who look at a validation, before checkpoints are written; a new list: Lightning goes through the old
         place = next((i for i, other in enumerate(callbacks) if isinstance(other, Checkpoint)), len(callbacks))
         trainer.callbacks = [*callbacks[:place], _GoesBack(self), *callbacks[place:]]  # type: ignore[attr-defined]
 
     def preflight(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stages: Sequence[Stage]) -> None:
         """Refuses a scheduler of the module, what cannot be cycled or saved, and `until` without its validation."""
-        schedulers = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
-        if schedulers:
-            raise MisconfigurationException(
-                f"`configure_optimizers` returned the scheduler {schedulers[0]}, and CosineRestarts writes the "
-                "learning rates: two writers of one quantity; return the optimizer alone, or take CosineRestarts out"
-            )
-        if len(trainer.optimizers) != 1:
-            raise MisconfigurationException(
-                f"CosineRestarts counts the steps of one optimizer, the module has {len(trainer.optimizers)}"
-            )
-        options = trainer.optimizers[0].defaults
-        if self.momentum is not None and "betas" not in options and "momentum" not in options:
-            raise MisconfigurationException(
-                f"momentum={self.momentum}, but {type(trainer.optimizers[0]).__name__} has neither momentum nor betas"
-            )
-        if self.save_snapshots and report_dir(trainer) is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            raise MisconfigurationException(
-                "CosineRestarts(snapshots=True) saves beside the checkpoints, and this Trainer has neither checkpoints "
-                "nor a logger; set enable_checkpointing=True or snapshots=False"
-            )
+        refuse_other_optimizers(trainer, self.momentum)
+        if self.save_snapshots:
+            refuse_without_folder(trainer, "CosineRestarts(snapshots=True)")
         judged = [stage for stage in stages if stage.until is not None]
         self._judges = bool(judged)
         for stage in judged:
-            _need_validation(trainer, stage)
-        if judged and self._asked_monitor is None and isinstance(getattr(pl_module, "monitor", None), str):
-            mode = getattr(pl_module, "mode", None)
-            self._judge_by(str(pl_module.monitor), mode if mode in ("min", "max") else None)
+            refuse_without_validation(trainer, f"stage {stage.name!r}: until={stage.until!r}")
+        if judged and isinstance(getattr(pl_module, "monitor", None), str):
+            self._monitor.take(str(pl_module.monitor), getattr(pl_module, "mode", None))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses `until` without a validation where it is judged: the number of batches is known now."""
         for stage in conductor(trainer).plan(trainer):
             if stage.until == "overfit":
-                _need_validation_at_epoch_end(trainer, stage)
+                refuse_without_validation_at_epoch_end(trainer, f"stage {stage.name!r}: until={stage.until!r}")
 
     def on_stage_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
         """Lays out the cycles of the stage, and writes the rates of its first step."""
@@ -211,35 +163,30 @@ class CosineRestarts(StageCallback):
         self._last_step = trainer.global_step
         if trainer.global_step == self.run.start_step or self._epoch_step < self.run.start_step:
             self._epoch_step = trainer.global_step
-        self._count_steps(trainer)
+        self._steps, self._factor = steps_of_epoch(trainer) or self._steps, None
         self._lay_out_cycles(trainer, stage)
         if self.run.resumed and self._judge is not None:
             self._judge.values = self.cycle_values.setdefault(stage.name, self._judge.values)
         if not self.run.resumed:
-            self._best, self._judge = None, None
+            self._best.kept, self._judge = None, None
             self.cycle_values.pop(stage.name, None)  # of the plan before, where the stage was restaged
             if stage.until is not None:
-                self._judge = Judge(stage.until, self.mode, self.min_delta, stage.patience_epochs)
-                if self._value is not None and self._value_step == trainer.global_step:
-                    self._judge.started_from(self._value)
+                self._judge = Judge(stage.until, self._monitor.mode, self.min_delta, stage.patience_epochs)
+                value = self._best.value_now(trainer)
+                if value is not None:
+                    self._judge.started_from(value)
                     self._keep(trainer, pl_module)
         self._cycle = None if self._course is None else self._course.running(self._place(trainer, to_come=True))
         self._write(trainer, to_come=True)
 
     # --- the schedule ----------------------------------------------------------------------------------------------
 
-    def _count_steps(self, trainer: pl.Trainer) -> None:
-        self._factor = None
-        if not math.isinf(trainer.num_training_batches):
-            # Lightning also steps at the last batch of an epoch, where the accumulation window is not full
-            self._steps = -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
-
     def _lay_out_cycles(self, trainer: pl.Trainer, stage: Stage) -> None:
         self._course, self._factor = None, None
         planned = self.run is not None and self.run.planned
         if planned and stage.cycle_len is None:
             return
-        if math.isinf(trainer.num_training_batches):
+        if steps_of_epoch(trainer) is None:
             raise MisconfigurationException(
                 "the training data has no length, so cycles cannot be counted in epochs; set "
                 "Trainer(limit_train_batches=...) to the number of batches of an epoch"
@@ -247,19 +194,13 @@ class CosineRestarts(StageCallback):
         if planned and stage.cycle_len is not None:
             self._course = Course.planned(stage.cycle_len, stage.cycle_mult, stage.num_cycles)
             return
-        steps = trainer.estimated_stepping_batches
-        total = steps if math.isinf(steps) else Fraction(int(steps), self._steps)
-        if self.cycle_len is not None:
-            self._course = Course(as_fraction(self.cycle_len), as_fraction(self.cycle_mult), total)
-            if not math.isinf(total):
-                self._course.at(total)  # refuses cycles that shrink to nothing before
-        elif isinstance(total, Fraction):
-            self._course = Course(total, total=total, last=(0, Fraction(0)))
-        else:
+        total = epochs_of_fit(trainer, self._steps)
+        if self.cycle_len is None and math.isinf(total):
             raise MisconfigurationException(
                 "CosineRestarts() makes the whole fit one cycle, and this fit has no end; set "
                 "Trainer(max_epochs=...), or CosineRestarts(cycle_len=...)"
             )
+        self._course = Course.of_fit(total, self.cycle_len, self.cycle_mult)
 
     def _done(self, trainer: pl.Trainer, *, to_come: bool) -> int:
         """Steps of the epoch that are done; of a step `to_come` never past the epoch that it belongs to."""
@@ -274,12 +215,7 @@ class CosineRestarts(StageCallback):
 
     def multiplier(self, place: float | Fraction) -> float:
         """Multiplier of the peak rate at a place in the present stage, in epochs from its start."""
-        if self._course is None:
-            return 1.0
-        index, start, length = self._course.at(place)
-        # in steps: a triangle's cut is a whole number of them
-        t = float((as_fraction(place) - as_fraction(start)) * self._steps)
-        return self.shape.multiplier(index, t, length * self._steps)
+        return 1.0 if self._course is None else self.shape.at(self._course, place, self._steps)
 
     def _write(self, trainer: pl.Trainer, *, to_come: bool) -> None:
         if self.run is None:
@@ -294,17 +230,15 @@ class CosineRestarts(StageCallback):
         momentum = None if self.momentum is None else cycling_momentum(multiplier, *self.momentum)
         for group in trainer.optimizers[0].param_groups:
             scale_lr(group, multiplier)
-            if momentum is not None and "betas" in group:
-                group["betas"] = (momentum, *group["betas"][1:])
-            elif momentum is not None:
-                group["momentum"] = momentum
+            if momentum is not None:
+                set_momentum(group, momentum)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Counts the steps of the epoch from here; metrics are those of the loops again."""
-        self._note_scores(trainer)
+        self._best.note_scores(trainer)
         unpin_callback_metrics(trainer)
         self._epoch_step = trainer.global_step
-        self._count_steps(trainer)
+        self._steps, self._factor = steps_of_epoch(trainer) or self._steps, None
         self._write(trainer, to_come=True)
 
     def on_train_batch_start(
@@ -331,13 +265,11 @@ class CosineRestarts(StageCallback):
     def _log_progress(self, trainer: pl.Trainer) -> None:
         if self._course is not None and is_due_to_log(trainer):
             place = self._place(trainer, to_come=False)
-            before = place - Fraction(1, self._steps)  # the cycle of the step that is done, not of the one to come
-            index, start, length = self._course.at(before)
-            progress = {"cycle": float(index), "cycle_progress": (float(place) - start) / length}
-            for logger in trainer.loggers:
-                logger.log_metrics(progress, step=trainer.global_step)
+            # the cycle of the step that is done, not of the one to come
+            index, start, length = self._course.at(place - Fraction(1, self._steps))
+            log_metrics(trainer, {"cycle": float(index), "cycle_progress": (float(place) - start) / length})
 
-    def _note_cycle(self, trainer: pl.Trainer, pl_module: pl.LightningModule, place: _Time) -> None:
+    def _note_cycle(self, trainer: pl.Trainer, pl_module: pl.LightningModule, place: float | Fraction) -> None:
         """Tells of the end of the running cycle, where `place` is past it."""
         if self.run is None or self._cycle is None or self._course is None:
             return
@@ -370,14 +302,11 @@ class CosineRestarts(StageCallback):
         self._find_monitor(trainer)
         if trainer.sanity_checking or self.run is None:
             return
-        self._scores = _scalars(trainer)
-        value = self._logged_value(trainer)
-        self._value, self._value_step = value, trainer.global_step
+        value = self._best.validated(trainer, self._monitor.name)
         stage, judge, epoch = self.run.stage, self._judge, trainer.current_epoch + 1 - self.run.start_epoch
         if judge is None or value is None:
             return
-        ends_epoch = trainer.is_last_batch
-        if judge.validated(value, epoch, ends_cycle=ends_epoch and _ends_cycle(stage, epoch)):
+        if judge.validated(value, epoch, ends_cycle=trainer.is_last_batch and epoch in stage.cycle_ends):
             self._keep(trainer, pl_module)
         self.cycle_values[stage.name] = judge.values
 
@@ -405,26 +334,16 @@ class CosineRestarts(StageCallback):
         self._note_cycle(trainer, pl_module, Fraction(epoch))  # where the epoch was cut short
         if self._judge is None:
             return False
-        unseen = self._value is None or self._value_step != trainer.global_step
-        if stage.until == "overfit" and _ends_cycle(stage, epoch) and unseen:
+        if stage.until == "overfit" and epoch in stage.cycle_ends and self._best.value_now(trainer) is None:
             rank_zero_warn(f"stage {stage.name!r}: the cycle end after {epoch} epochs was not validated")
         self._end_epoch_of(trainer, pl_module, stage, epoch)
         return bool(self._judge.enough)
 
     def _keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        broadcast_buffers(trainer)
-        self._best = keep_weights(trainer, pl_module)
-        self._note_scores(trainer)
+        self._best.keep(trainer, pl_module)
         if self.run is not None:
             for player in players(trainer):
                 player.on_weights_kept(trainer, pl_module, self.run.stage)
-
-    def _note_scores(self, trainer: pl.Trainer) -> None:
-        """What is known of the best weights; all of it is not before the end of their epoch."""
-        if self._best is not None and self._best.step == trainer.global_step:
-            # a process that goes on at a stage's start has logged nothing yet: the one before it had
-            self._scores = _scalars(trainer) or self._scores
-            self._best.scores = dict(self._scores)
 
     def _conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
         """Goes back to the best of the stage, if that is not what the module is."""
@@ -432,15 +351,11 @@ class CosineRestarts(StageCallback):
         if judge is None or self.run is None:
             return
         judge.concluded = True
-        if best is None or judge.best is None or best.step == trainer.global_step:
+        if best.kept is None or judge.best is None or not best.put_back(trainer, pl_module, judge.best):
             return
-        put_weights_back(trainer, pl_module, best)
-        pin_callback_metrics(trainer, best.scores)
-        self._value, self._value_step = judge.best, trainer.global_step
-        self._went_back = best.step, trainer.global_step
         what = "is the model that it started from, as the stage made none better"
-        if best.step != self.run.start_step:
-            what = f"is that of optimizer step {best.step}"
+        if best.kept.step != self.run.start_step:
+            what = f"is that of optimizer step {best.kept.step}"
         rank_zero_info(
             f"stage {stage.name!r}: its best, {self.monitor}={judge.best:.5g}, {what}; weights go back to it"
         )
@@ -451,82 +366,46 @@ class CosineRestarts(StageCallback):
         """Goes back to the best of a stage with `until` that was stopped inside."""
         if self._judge is not None and not self._judge.concluded:
             self._conclude(trainer, pl_module, stage)
-        self._best = self._judge = None
+        self._best.kept = self._judge = None
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The last checkpoint is of the weights that the fit leaves."""
-        if self._went_back is not None and self._went_back[1] == trainer.global_step:
-            renew_last_checkpoints(trainer, of_step=self._went_back[0])
+        self._best.renew_checkpoints(trainer)
 
     def _find_monitor(self, trainer: pl.Trainer) -> None:
         """At the first validation that logs anything, the sanity check if it does: what `until` is judged by."""
-        logged = sorted(trainer.callback_metrics)
-        if self.monitor in logged or (trainer.sanity_checking and not logged):
-            return
+        logged, name = sorted(trainer.callback_metrics), self._monitor.name
         # TTAEval logs its numbers in validations of the fit alone
-        if self.monitor is not None and trainer.sanity_checking and self.monitor.endswith(("_tta", "_plain")):
+        later = trainer.sanity_checking and (not logged or (name or "").endswith(("_tta", "_plain")))
+        if later or (name is not None and self._best.value_step >= 0):  # logged before, and not this time
             return
-        if self.monitor is not None and self._value_step >= 0:  # logged before, and not this time
-            return
-        found = find_monitor(logged) if self.monitor is None else None
-        if found is None:
-            asked = "the validation loss" if self.monitor is None else repr(self.monitor)
-            raise MisconfigurationException(
-                f"until='overfit' and until='plateau' look at {asked}, which validation did not log; logged are "
-                f"{logged}; name one of them: CosineRestarts(monitor=...)"
-            )
-        self._judge_by(found)
-        if found != "val_loss":
-            rank_zero_info(f"stages with `until` are judged by {found!r} ({self.mode} is better)")
+        said = self._monitor.find(logged)
+        if said:
+            rank_zero_info(said)
 
-    def _judge_by(self, monitor: str, mode: Mode | None = None) -> None:
-        self.monitor, self.mode = monitor, mode or self._direction(monitor)
+    @property
+    def monitor(self) -> str | None:
+        """Name of the value that `until` is judged by; None as long as it is not known."""
+        return self._monitor.name
 
-    def _direction(self, monitor: str) -> Mode:
-        if self._asked_mode != "auto":
-            return self._asked_mode
-        found = direction(monitor)
-        if found is None:
-            raise MisconfigurationException(
-                f"stages with `until` are judged by {monitor!r}, whose name does not tell whether less is better; set "
-                "CosineRestarts(mode='min') or 'max'"
-            )
-        return found
-
-    def _logged_value(self, trainer: pl.Trainer) -> float | None:
-        logged = trainer.callback_metrics.get(self.monitor or "")
-        if logged is None:
-            return None
-        value = logged.detach().float().to(trainer.strategy.root_device)
-        # one value, so one decision, on all ranks, also where the module logs without `sync_dist`
-        return float(trainer.strategy.reduce(value, reduce_op="mean"))
+    @property
+    def mode(self) -> str:
+        """Whether less or more of it is better."""
+        return self._monitor.mode
 
     # --- ensemble --------------------------------------------------------------------------------------------------
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lets `forward` average over the snapshots."""
-        if not self.ensemble:
-            return
-        missing = [str(path) for path in self.snapshots if not path.is_file()]
-        if missing or not self.snapshots:
-            raise MisconfigurationException(
-                f"ensemble=True averages over snapshots, {'there are none' if not missing else f'missing: {missing}'}; "
-                "fit with snapshots=True first, or test from a checkpoint of that run"
-            )
-        states = [load_weights(path, trainer.strategy.root_device) for path in self.snapshots]
-        self._averaged = AveragedForward(pl_module, states)
-        self._averaged.install()
+        if self.ensemble:
+            self._averaged = AveragedForward.of_files(pl_module, self.snapshots, trainer.strategy.root_device)
+            self._averaged.install()
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes the averaging out again."""
         averaged, self._averaged = self._averaged, None
-        if averaged is None:
-            return
-        averaged.remove()
-        if not averaged.calls:
-            raise MisconfigurationException(
-                "ensemble=True averages what the module's `forward` returns, and test_step never called self(x)"
-            )
+        if averaged is not None:
+            averaged.end()
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -535,24 +414,24 @@ class CosineRestarts(StageCallback):
         return {
             "snapshots": [str(path) for path in self.snapshots],
             "cycle_values": {name: list(values) for name, values in self.cycle_values.items()},
-            "best": None if self._best is None else asdict(self._best),
             "judge": None if self._judge is None else asdict(self._judge),
-            "monitor": self.monitor,
-            "mode": self.mode,
-            **{name: getattr(self, name) for name in _PLAIN_STATE},
+            "monitor": self._monitor.name,
+            "mode": self._monitor.mode,
+            "_epoch_step": self._epoch_step,
+            "_cycle": self._cycle,
+            **self._best.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave."""
         self.snapshots = [Path(path) for path in state_dict["snapshots"]]
         self.cycle_values = {name: list(values) for name, values in state_dict["cycle_values"].items()}
-        best, judge = state_dict["best"], state_dict["judge"]
-        self._best = None if best is None else KeptWeights(**best)
+        judge = state_dict["judge"]
         self._judge = None if judge is None else Judge(**judge)
-        if self._asked_monitor is None:
-            self.monitor, self.mode = state_dict["monitor"], state_dict["mode"]
-        for name in _PLAIN_STATE:
-            setattr(self, name, state_dict[name])
+        if state_dict["monitor"] is not None:
+            self._monitor.take(state_dict["monitor"], state_dict["mode"])
+        self._best = BestSoFar.from_state_dict(state_dict)
+        self._epoch_step, self._cycle = state_dict["_epoch_step"], state_dict["_cycle"]
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leaves the module's `forward` and the Trainer's metrics as they were."""
@@ -561,8 +440,7 @@ class CosineRestarts(StageCallback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leaves the module's `forward` and the Trainer's metrics as they were."""
         self._leave(trainer)
-        others = [other for other in trainer.callbacks if not isinstance(other, _GoesBack)]  # type: ignore[attr-defined]
-        trainer.callbacks = others  # type: ignore[attr-defined]
+        trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, _GoesBack)]  # type: ignore[attr-defined]
 
     def _leave(self, trainer: pl.Trainer) -> None:
         unpin_callback_metrics(trainer)
@@ -579,35 +457,3 @@ class _GoesBack(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.restarts.after_validation(trainer, pl_module)
-
-
-_PLAIN_STATE = ("_value", "_value_step", "_scores", "_epoch_step", "_cycle")
-
-
-def _scalars(trainer: pl.Trainer) -> dict[str, float]:
-    return {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
-
-
-def _ends_cycle(stage: Stage, epoch: int) -> bool:
-    return any(end == epoch for end in accumulate(stage.cycle_epochs))
-
-
-def _need_validation(trainer: pl.Trainer, stage: Stage) -> None:
-    asked = f"stage {stage.name!r}: until={stage.until!r} judges by validation"
-    if trainer.barebones:
-        raise MisconfigurationException(f"{asked}, and Trainer(barebones=True) logs nothing; leave one of the two out")
-    if not trainer.enable_validation:
-        raise MisconfigurationException(
-            f"{asked}, and there is none: give validation data and a `validation_step`, set limit_val_batches above 0, "
-            "or leave `until` out"
-        )
-
-
-def _need_validation_at_epoch_end(trainer: pl.Trainer, stage: Stage) -> None:
-    every_epochs, every_batches = trainer.check_val_every_n_epoch, trainer.val_check_batch
-    if every_epochs != 1 or not every_batches or trainer.num_training_batches % every_batches:
-        raise MisconfigurationException(
-            f"stage {stage.name!r}: until='overfit' judges by a validation at the end of every epoch; the Trainer has "
-            f"check_val_every_n_epoch={every_epochs} and validates every {every_batches} of "
-            f"{trainer.num_training_batches} batches (val_check_interval)"
-        )

@@ -6,8 +6,6 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import lightning.pytorch as pl
@@ -19,12 +17,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_unfreeze.callbacks.base import StageCallback, players
-from lightning_unfreeze.data.datasets import innermost_dataset
 from lightning_unfreeze.inside_lightning.distributed import gather_objects
+from lightning_unfreeze.inside_lightning.loaders import process_loaders, process_no_loaders
 from lightning_unfreeze.inside_lightning.metrics import pin_callback_metrics, validate_aside
 from lightning_unfreeze.reporting import save_figure
 from lightning_unfreeze.stages.plan import Stage
-from lightning_unfreeze.tta.collect import Answers, Pass
+from lightning_unfreeze.tta.collect import Answers, Pass, snapshot_files
 from lightning_unfreeze.tta.figure import plot_flips
 from lightning_unfreeze.tta.outputs import activation_of, find_target, shape_target
 from lightning_unfreeze.tta.random_views import DrawingLoader, drawn_views, start_drawing, training_augmentation
@@ -34,10 +32,10 @@ from lightning_unfreeze.tta.views import (
     Merge,
     View,
     beta_weights,
-    draw_view,
     extra_views,
     merge_views,
     uncertainty,
+    view_functions,
 )
 from lightning_unfreeze.tta.watch import LogitsSpy
 
@@ -175,15 +173,12 @@ class TTAEval(StageCallback):
         self._pictures, self._kept, self._failure, self._tried, self._found_at = {}, None, None, False, -1
         if not self.random:
             return
-        process = trainer.strategy.process_dataloader
 
-        def process_and_draw(loader: object) -> object:
-            processed = process(loader)
-            draws = isinstance(processed, DataLoader) and not trainer.training
-            return DrawingLoader(processed) if draws else processed  # type: ignore[arg-type]
+        def draw(loader: object) -> object:
+            draws = isinstance(loader, DataLoader) and not trainer.training
+            return DrawingLoader(loader) if draws else loader  # type: ignore[arg-type]
 
-        # Lightning (2.6) hands each loader to the strategy last, with the distributed sampler in place
-        vars(trainer.strategy)["process_dataloader"] = process_and_draw
+        process_loaders(trainer, self, draw)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts watching the network, where this validation is augmented."""
@@ -293,21 +288,19 @@ class TTAEval(StageCallback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leaves nothing behind on the module and the strategy."""
         self._stop(pl_module)
-        vars(trainer.strategy).pop("process_dataloader", None)
+        process_no_loaders(trainer, self)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leaves nothing behind on the module and the strategy."""
         self._stop(pl_module)
         self._kept = None
-        vars(trainer.strategy).pop("process_dataloader", None)
+        process_no_loaders(trainer, self)
 
     # --- one pass --------------------------------------------------------------------------------------------------
 
     def _is_due(self, trainer: pl.Trainer, kind: Kind) -> bool:
-        if kind not in self.on:
-            return False
-        if trainer.state.fn != TrainerFn.FITTING or self._chosen:
-            return True
+        if kind not in self.on or trainer.state.fn != TrainerFn.FITTING or self._chosen:
+            return kind in self.on
         if trainer.sanity_checking or self.run is None or self.run.stage.precompute or self._failure:
             return False
         if isinstance(self.every, int):
@@ -315,9 +308,7 @@ class TTAEval(StageCallback):
         stage, done = self.run.stage, trainer.current_epoch + 1 - self.run.start_epoch
         if stage.until == "plateau":
             return True
-        ends = {stage.num_epochs}
-        if stage.until is not None:
-            ends |= {math.ceil(end) for end in accumulate(stage.cycle_epochs)}
+        ends = {stage.num_epochs, *(map(math.ceil, stage.cycle_ends) if stage.until is not None else ())}
         # with `check_val_every_n_epoch` the last validation may come some epochs before the end
         return any(0 <= end - done < (trainer.check_val_every_n_epoch or 1) for end in ends)
 
@@ -329,14 +320,11 @@ class TTAEval(StageCallback):
         self._trying = fitting and not due and kind in self.on and not self._tried and not holds_features
         if not (due or self._trying):
             return
-        loaders: Any = {
-            "validate": trainer.val_dataloaders,
-            "test": trainer.test_dataloaders,
-            "predict": trainer.predict_dataloaders,
-        }[kind]
+        loaders: Any = getattr(trainer, f"{'val' if kind == 'validate' else kind}_dataloaders")
         flat = CombinedLoader(loaders, "sequential").flattened
         with self._surviving(trainer, pl_module):
-            self._pass = passing = Pass(LogitsSpy(pl_module, self.forward), flat, _snapshots(trainer))
+            snapshots = snapshot_files(players(trainer), testing=trainer.testing)
+            self._pass = passing = Pass(LogitsSpy(pl_module, self.forward), flat, snapshots)
             if trainer.world_size > 1 and any(loader.batches is None for loader in passing.loaders) and due:
                 rank_zero_warn(
                     "TTAEval: the order of a loader's samples is not known: samples that the distributed sampler "
@@ -378,8 +366,7 @@ class TTAEval(StageCallback):
             raise RuntimeError("TTAEval watches no network; this is called inside an augmented run only")
         call, loader = self._pass.spy.take(), self._pass.loaders[dataloader_idx]
         if not self.random:
-            named = functools.partial(functools.partial, draw_view, crop_px=self.crop_px)
-            views = [named(name=view) if isinstance(view, str) else view for view in self.views]
+            views = view_functions(self.views, self.crop_px)
         else:
             views = [] if self._trying else drawn_views(loader.loader, call.images, check=loader.seen_batches == 0)
         chunk_size = self.chunk_size or (1 if call.images.device.type == "cpu" else self.num_views)
@@ -436,13 +423,10 @@ class TTAEval(StageCallback):
             return
         self._found_at, loaders = trainer.global_step, self._pass.loaders
         for position, loader in enumerate(loaders):
-            rows = loader.whole_set(trainer)
-            told = [each for each in gather_objects(trainer, loader.activation) if each is not None]
-            activation: Activation = told[0] if told else "softmax"
-            if rows is None:
+            result = loader.whole_result(trainer)
+            if result is None:
                 continue
             suffix = f"/dataloader_idx_{position}" if len(loaders) > 1 else ""
-            result = TTAResult(activation=activation, metrics={}, **rows)
             result.metrics.update(scores_of(result, pl_module, prefix, self._word, with_plain=self._is_first))
             self.results[prefix + suffix] = result
             plain, merged = (float(right.double().mean()) for right in (result.correct_plain, result.correct))
@@ -454,9 +438,7 @@ class TTAEval(StageCallback):
                 pl_module.log(name + suffix, value, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="max")
             sheet = loader.whole_sheet(trainer) if self.figure else None
             if sheet is not None and trainer.is_global_zero:
-                datamodule = getattr(trainer, "datamodule", None)
-                classes = getattr(innermost_dataset(loader.dataset), "classes", None)
-                classes = getattr(datamodule, "class_names", classes)
+                classes = loader.class_names(trainer)
                 self._pictures[self._word + suffix.replace("/", "_")] = functools.partial(
                     plot_flips, result, sheet, classes, f"{prefix}{suffix}, {self.num_views} views"
                 )
@@ -477,13 +459,3 @@ class TTAEval(StageCallback):
         for name, picture in self._pictures.items():
             save_figure(trainer, picture(), name)
         self._pictures = {}
-
-
-def _snapshots(trainer: pl.Trainer) -> list[Path]:
-    """The checkpoints that callbacks list in `snapshots`."""
-    paths: list[Path] = []
-    for player in players(trainer):
-        if trainer.testing and getattr(player, "ensemble", False):
-            continue  # it puts its snapshots into the module's own forward, which gives all views
-        paths += getattr(player, "snapshots", [])
-    return paths

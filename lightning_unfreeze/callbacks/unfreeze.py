@@ -19,7 +19,10 @@ from lightning_unfreeze.callbacks.base import Conductor, StageRun, players
 from lightning_unfreeze.inside_lightning.clashes import (
     refuse_clashing_callbacks,
     refuse_clashing_optimizer,
+    refuse_foreign_trainer,
     refuse_frozen_statistics,
+    refuse_manual_optimization,
+    refuse_other_max_epochs,
     refuse_search_on_resume,
 )
 from lightning_unfreeze.inside_lightning.distributed import (
@@ -32,29 +35,19 @@ from lightning_unfreeze.inside_lightning.distributed import (
     refuse_untested_strategy,
 )
 from lightning_unfreeze.inside_lightning.image_size import check_image_sizes, refuse_fixed_image_size, set_image_size
-from lightning_unfreeze.inside_lightning.resume import ResumePoint, resume_point
-from lightning_unfreeze.inside_lightning.schedulers import take_schedulers_away
+from lightning_unfreeze.inside_lightning.resume import ResumePoint, resume_point, staged_state
+from lightning_unfreeze.inside_lightning.schedulers import refuse_or_replace_schedulers
 from lightning_unfreeze.inside_lightning.stopping import early_stoppers, follow, has_stopped, start_afresh, unfollow
 from lightning_unfreeze.inside_lightning.writers import PlanWatch
-from lightning_unfreeze.layers.freezing import fixed_parameters, frozen_modules, select, trained_parameters
 from lightning_unfreeze.layers.groups import LayerGroup, layer_groups
-from lightning_unfreeze.layers.modes import FrozenModes, has_statistics, pretrained_batch_norm
-from lightning_unfreeze.layers.param_groups import (
-    given_lr,
-    layer_group_of,
-    own_ratios,
-    rate_ratios,
-    set_peak_lr,
-    split_optimizer,
-    undo_scheduled_rates,
-)
+from lightning_unfreeze.layers.modes import FrozenModes
+from lightning_unfreeze.layers.param_groups import split_optimizer
 from lightning_unfreeze.reporting import clear_bar, how_to_go_on, log_hyperparams, show_on_bar
 from lightning_unfreeze.seeding import kept_rng, rng_state, seed_all, set_rng_state
 from lightning_unfreeze.stages.journal import StageJournal
-from lightning_unfreeze.stages.plan import Stage, check_plan, image_sizes, plan_epochs
-from lightning_unfreeze.stages.progress import Progress, plan_difference
-
-_LIGHTNING_DEFAULT_EPOCHS = 1000
+from lightning_unfreeze.stages.plan import Stage, check_plan, image_sizes, plan_epochs, sets_rates, unserved
+from lightning_unfreeze.stages.progress import Progress
+from lightning_unfreeze.stages.what_trains import WhatTrains
 
 
 class GradualUnfreeze(Conductor):
@@ -112,17 +105,14 @@ class GradualUnfreeze(Conductor):
             raise ValueError(
                 f"freeze_below={freeze_below!r} has to lie in (0, 1]: a layer group's rate over the head's"
             )
-        self.stages = list(stages)
-        self.network = network
-        self.train_bn = train_bn
-        self.on_plan_change = on_plan_change
+        self.stages, self.network = list(stages), network
+        self.train_bn, self.on_plan_change = train_bn, on_plan_change
         self.scheduler, self.freeze_below, self.early_stopping = scheduler, freeze_below, early_stopping
-        self.groups: dict[str, LayerGroup] = {}
+        self.what_trains = WhatTrains(freeze_below=freeze_below)
         self.journal = StageJournal()
         self._loaded: dict[str, Any] | None = None  # state of a checkpoint, until its first batch
         self._resume: ResumePoint | None = None
         self._modes = FrozenModes()
-        self._fixed: set[nn.Parameter] = set()
         self._seeded_epoch: int | None = None
         self._watch: PlanWatch | None = None
 
@@ -135,11 +125,7 @@ class GradualUnfreeze(Conductor):
             MisconfigurationException: For a clash, with what to do.
             NotImplementedError: For a strategy under which unfreezing is not known to be right.
         """
-        if not isinstance(trainer, pl.Trainer):
-            raise MisconfigurationException(
-                f"GradualUnfreeze needs lightning.pytorch.Trainer, got {type(trainer).__module__}.Trainer; "
-                "import both from `lightning.pytorch`"
-            )
+        refuse_foreign_trainer(trainer)
         if stage != "fit":
             return
         super().setup(trainer, pl_module, stage)
@@ -149,10 +135,7 @@ class GradualUnfreeze(Conductor):
             self.progress, self.journal = Progress(), StageJournal()
         refuse_untested_strategy(trainer)
         refuse_sync_batchnorm(trainer, pl_module)
-        if not pl_module.automatic_optimization:
-            raise MisconfigurationException(
-                "stages need automatic optimization; the module sets automatic_optimization=False"
-            )
+        refuse_manual_optimization(pl_module)
         refuse_clashing_callbacks(trainer, self)
         self._check_needs(trainer)
         refuse_fixed_image_size(trainer, image_sizes(self.stages))
@@ -166,65 +149,40 @@ class GradualUnfreeze(Conductor):
 
     def _check_needs(self, trainer: pl.Trainer) -> None:
         present = {base.__name__ for player in players(trainer) for base in type(player).__mro__}
-        for stage in self.stages:
-            for option, callback in stage.needs.items():
-                if callback not in present:
-                    raise MisconfigurationException(
-                        f"stage {stage.name!r} has {option}, which {callback} serves, and the Trainer has none; "
-                        f"add {callback}() to its callbacks or take the option out"
-                    )
+        missing = unserved(self.stages, present)
+        if missing:
+            raise MisconfigurationException(missing)
 
     def _set_max_epochs(self, trainer: pl.Trainer) -> None:
-        planned = plan_epochs(self.stages)
-        given = trainer.max_epochs
-        if trainer.fast_dev_run or trainer.current_epoch > 0:  # type: ignore[attr-defined]
-            return
-        if given not in (None, -1, _LIGHTNING_DEFAULT_EPOCHS, planned):
-            raise MisconfigurationException(
-                f"Trainer(max_epochs={given}), but the {len(self.stages)} stages last {planned} epochs; leave "
-                f"max_epochs out, or set it to {planned}"
-            )
-        trainer.fit_loop.max_epochs = planned
+        if not (trainer.fast_dev_run or trainer.current_epoch > 0):  # type: ignore[attr-defined]
+            planned = plan_epochs(self.stages)
+            refuse_other_max_epochs(trainer, len(self.stages), planned)
+            trainer.fit_loop.max_epochs = planned
 
     def _find_groups(self, pl_module: pl.LightningModule) -> None:
-        self.groups = layer_groups(pl_module, self.network)
-        for stage in self.stages:
-            try:
-                chosen = self.trained(stage)
-            except ValueError as error:
-                raise MisconfigurationException(f"stage {stage.name!r}: {error}") from None
-            if not chosen:
-                raise MisconfigurationException(
-                    f"stage {stage.name!r} trains nothing: the rates of all its layer groups lie below "
-                    f"freeze_below={self.freeze_below}; lower it, or raise the stage's ratios"
-                )
-            first = next(iter(self.groups))
-            if stage.precompute and first in chosen:
-                raise MisconfigurationException(
-                    f"stage {stage.name!r}: precompute=True stores what the frozen part gives, but the first layer "
-                    f"group {first!r} trains; set precompute=False or train fewer groups"
-                )
+        self.what_trains.groups = layer_groups(pl_module, self.network)
+        self.what_trains.check(self.stages)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Freezes, splits the optimizer's param groups, and wraps what trains; the weights are loaded by now."""
         if not self.groups or is_overridden("configure_model", pl_module):
             self._find_groups(pl_module)
-        # what an earlier fit found: a layer group that it left frozen whole hides which of its parameters are fixed
-        known = self._fixed & set(pl_module.parameters())
-        self._fixed = known | fixed_parameters(self.groups)
+        self.what_trains.find_fixed(pl_module)
         for stage in self.stages:
-            self._trained_parameters(stage)
+            self.what_trains.parameters(stage)
         if self._loaded is not None:
             self._take_over(trainer, self._loaded)
         if self.progress.seed is None:
             seed = trainer.strategy.broadcast(torch.initial_seed() & (2**63 - 1))
             self.progress = replace(self.progress, seed=seed)
         refuse_clashing_optimizer(trainer.optimizers[0])  # Lightning refuses several with automatic optimization
-        schedulers = self._schedulers_that_go_on(trainer)
-        split_optimizer(trainer.optimizers[0], self.groups, schedulers)
-        if not self.train_bn:
-            self._check_rates_beside_frozen_statistics(trainer.optimizers[0], pl_module)
-        self._log_plan(trainer)
+        if self._sets_rates(trainer):
+            refuse_or_replace_schedulers(trainer, self.scheduler)
+        split_optimizer(trainer.optimizers[0], self.groups, [each.scheduler for each in trainer.lr_scheduler_configs])
+        for stage in self.stages if not self.train_bn else ():
+            lowest = self.what_trains.lowest_norm_rate(pl_module, trainer.optimizers[0].param_groups, stage)
+            refuse_frozen_statistics(trainer.optimizers[0], stage.name, lowest)
+        log_hyperparams(trainer, {f"stage_{index}": stage.name for index, stage in enumerate(self.stages)})
         show_on_bar(trainer, "stage", self._on_bar)
         self.enter_stage(trainer)
         check_image_sizes(trainer, pl_module, image_sizes(self.stages))
@@ -234,29 +192,8 @@ class GradualUnfreeze(Conductor):
         self.journal.start_clock()
         self.preflight(trainer, pl_module)
 
-    def _schedulers_that_go_on(self, trainer: pl.Trainer) -> list[Any]:
-        """The module's own schedulers, where no stage sets rates; else they are refused or taken away."""
-        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        if not schedulers or not self._sets_rates(trainer):
-            return schedulers
-        names = ", ".join(type(scheduler).__name__ for scheduler in schedulers)
-        if self.scheduler == "error":
-            raise MisconfigurationException(
-                f"`configure_optimizers` returned the scheduler {names}, and the stages set the learning rates: two "
-                "writers of one quantity; return the optimizer alone, or let the plan take its place by "
-                "GradualUnfreeze(scheduler='replace')"
-            )
-        take_schedulers_away(trainer)
-        undo_scheduled_rates(trainer.optimizers[0])
-        rank_zero_info(f"the module's scheduler {names} is replaced: the stages set the learning rates")
-        return []
-
     def _sets_rates(self, trainer: pl.Trainer) -> bool:
-        writers = [player for player in players(trainer) if player.writes_rates]
-        return bool(writers) or any(
-            stage.lr is not None or stage.lr_mult != 1 or stage.lr_span is not None or stage.solve
-            for stage in self.stages
-        )
+        return any(player.writes_rates for player in players(trainer)) or sets_rates(self.stages)
 
     # --- what a stage is ---------------------------------------------------------------------------------------------
 
@@ -277,35 +214,17 @@ class GradualUnfreeze(Conductor):
             later=tuple(self.stages[at.index + 1 :]),
         )
 
-    def trained(self, stage: Stage) -> list[str]:
-        """The layer groups that train in `stage`, input first."""
-        ratios = self.ratios(stage)
-        return [name for name in select(self.groups, stage.train) if ratios[name] >= (self.freeze_below or 0)]
-
-    def ratios(self, stage: Stage) -> dict[str, float]:
-        """The factor of each layer group on the rate of `stage`."""
-        return rate_ratios(list(self.groups), stage.lr_mult, stage.lr_span)
-
-    def _trained_parameters(self, stage: Stage) -> set[nn.Parameter]:
-        try:
-            frozen = {p for name in set(self.groups).difference(self.trained(stage)) for p in self.groups[name]}
-            return trained_parameters(self.groups, stage.train, self._fixed | frozen)
-        except ValueError as error:
-            raise MisconfigurationException(f"stage {stage.name!r}: {error}") from None
+    @property
+    def groups(self) -> dict[str, LayerGroup]:
+        """The layer groups of the module, input first; empty before a fit."""
+        return self.what_trains.groups
 
     def make_ready(self, trainer: pl.Trainer, stage: Stage) -> None:
         """Freezes and unfreezes, and wraps what trains."""
-        trained = self._trained_parameters(stage)
-        everything = {parameter for group in self.groups.values() for parameter in group}
-        for parameter in everything:
-            parameter.requires_grad_(parameter in trained)
-            if not parameter.requires_grad:
-                parameter.grad = None
         module = trainer.lightning_module
-        frozen = frozen_modules(module, self.groups, self.trained(stage), everything - trained)
-        self._modes.begin(frozen if self.train_bn else [*frozen, *pretrained_batch_norm(module, self.groups)])
+        self._modes.begin(self.what_trains.freeze(module, stage, train_bn=self.train_bn))
         rebuild_ddp(trainer)
-        self._watch = PlanWatch(self.groups, stage.name, self.trained(stage), self._modes)
+        self._watch = PlanWatch(self.groups, stage.name, self.what_trains.trained(stage), self._modes)
 
     def _set_image_size(self, trainer: pl.Trainer, stage: Stage | None) -> None:
         """Tells the data module, in a plan of several sizes; None is the end of the fit."""
@@ -315,38 +234,6 @@ class GradualUnfreeze(Conductor):
     def frozen_roots(self) -> list[nn.Module]:
         """The outermost modules that are frozen in the current stage."""
         return self._modes.roots
-
-    def set_rates(self, trainer: pl.Trainer, stage: Stage) -> None:
-        """Gives each param group its peak: the stage's rate, times its layer group's ratio, times the user's own one.
-
-        The user's own ratio is the rate that `configure_optimizers` gave the param group over that of the last layer
-        group; so `lr=None` keeps the given rates, and a number or a range test keeps what lies between them.
-        """
-        optimizer = trainer.optimizers[0]
-        for group, peak in zip(optimizer.param_groups, self._peaks(optimizer, stage), strict=True):
-            set_peak_lr(group, peak)
-
-    def _peaks(self, optimizer: torch.optim.Optimizer, stage: Stage) -> list[float]:
-        param_groups, chosen, ratios = optimizer.param_groups, self.trained(stage), self.ratios(stage)
-        peaks = []
-        for group, own in zip(param_groups, own_ratios(param_groups, list(self.groups)[-1]), strict=True):
-            name = layer_group_of(group)
-            peak = stage.lr * own if isinstance(stage.lr, float | int) else given_lr(group)
-            # a solved head is scored by an epoch in which nothing moves
-            peaks.append(peak * ratios[name] if name in chosen and not stage.solve else 0.0)
-        return peaks
-
-    def _check_rates_beside_frozen_statistics(
-        self, optimizer: torch.optim.Optimizer, pl_module: pl.LightningModule
-    ) -> None:
-        """Refuses given rates that are known to destroy a network; a range test sees for itself."""
-        norms = [norm for norm in pretrained_batch_norm(pl_module, self.groups) if has_statistics(norm)]
-        scales = {parameter for norm in norms for parameter in norm.parameters()}
-        for stage in self.stages:
-            peaks = zip(optimizer.param_groups, self._peaks(optimizer, stage), strict=True)
-            rates = [peak for group, peak in peaks if scales.intersection(group["params"])]
-            if stage.lr != "find" and rates:
-                refuse_frozen_statistics(optimizer, stage.name, min(rates))
 
     @contextmanager
     def around_stage_start(self, trainer: pl.Trainer, run: StageRun) -> Iterator[None]:
@@ -396,16 +283,9 @@ class GradualUnfreeze(Conductor):
         """Sets the rates of the stage, and says what trains in it."""
         # not in `make_ready`: on resume the optimizer's param groups, rates included, are loaded after that
         if self._sets_rates(trainer) and not (run.resumed and self._loaded is not None):
-            self.set_rates(trainer, run.stage)
-        stage, trained = run.stage, self.trained(run.stage)
-        count = sum(p.numel() for name in trained for p in self.groups[name].parameters() if p.requires_grad)
-        epochs = f"{stage.num_epochs} epoch{'s' if stage.num_epochs > 1 else ''}"
-        below = [name for name in select(self.groups, stage.train) if name not in trained]
-        kept = f", keeps {', '.join(below)} frozen (their rates lie below {self.freeze_below:g})" if below else ""
-        rank_zero_info(
-            f"stage {run.index + 1}/{len(self.stages)} {stage.name!r}: trains {', '.join(trained)} "
-            f"({count:,} parameters) for {'at most ' if stage.until else ''}{epochs}{kept}"
-        )
+            self.what_trains.set_rates(trainer.optimizers[0].param_groups, run.stage)
+        place = f"stage {run.index + 1}/{len(self.stages)} {run.stage.name!r}"
+        rank_zero_info(f"{place}: {self.what_trains.said(run.stage)}")
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
@@ -510,9 +390,6 @@ class GradualUnfreeze(Conductor):
         at = self.progress
         self.journal.close_stage(trainer, self.stages[at.index].name, next_epoch - at.start_epoch, at.start_step)
 
-    def _log_plan(self, trainer: pl.Trainer) -> None:
-        log_hyperparams(trainer, {f"stage_{index}": stage.name for index, stage in enumerate(self.stages)})
-
     @property
     def _index(self) -> int:
         return self.progress.index
@@ -528,13 +405,10 @@ class GradualUnfreeze(Conductor):
             return {}
         return {
             "plan": [asdict(stage) for stage in self.stages],
-            "groups": self._parameter_names(),
+            "groups": self.what_trains.parameter_names(),
             **self.progress.to_dict(),
             "journal": self.journal.state_dict(),
         }
-
-    def _parameter_names(self) -> dict[str, list[str]]:
-        return {name: [n for n, _ in group.named_parameters()] for name, group in self.groups.items()}
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -552,20 +426,14 @@ class GradualUnfreeze(Conductor):
         """
         if trainer.state.fn != "fit":
             return
-        state = checkpoint.get("callbacks", {}).get(self.state_key)
-        if not state and checkpoint["global_step"] == trainer.global_step == 0:
-            return  # a tool tried steps before the fit began, and puts everything back
-        self._loaded = state
-        if not self._loaded:
-            raise MisconfigurationException(
-                "the checkpoint was not written by a run with GradualUnfreeze, so its optimizer does not fit the "
-                "stages; load its weights (`load_from_checkpoint`) and fit without ckpt_path"
-            )
+        self._loaded = staged_state(trainer, checkpoint, self.state_key)
+        if self._loaded is None:
+            return
         refuse_search_on_resume(trainer)
         self._resume = resume_point(trainer, checkpoint["loops"]["fit_loop"])
 
     def _take_over(self, trainer: pl.Trainer, state: dict[str, Any]) -> None:
-        ours = self._parameter_names()
+        ours = self.what_trains.parameter_names()
         if state["groups"] != ours:
             changed = sorted(name for name in {*ours, *state["groups"]} if ours.get(name) != state["groups"].get(name))
             raise MisconfigurationException(
@@ -573,17 +441,13 @@ class GradualUnfreeze(Conductor):
             )
         self.progress = Progress.from_dict(state)
         self.journal.load_state_dict(state["journal"])
-        difference = plan_difference(state["plan"], self.stages)
-        if difference and self.on_plan_change == "error":
-            raise MisconfigurationException(
-                f"the checkpoint was written by another plan: {difference}; resume with the same plan, or allow "
-                "the change by GradualUnfreeze(on_plan_change='restage')"
+        try:
+            self.progress, difference = self.progress.kept_or_restaged(
+                state["plan"], self.stages, may_restage=self.on_plan_change == "restage"
             )
+        except ValueError as error:
+            raise MisconfigurationException(f"{error}") from None
         if difference:
-            try:
-                self.progress = self.progress.in_other_plan(state["plan"], self.stages)
-            except ValueError as error:
-                raise MisconfigurationException(f"cannot restage: {error}") from None
             name = self.stages[self._index].name
             rank_zero_info(f"the plan has changed ({difference}); going on in stage {name!r}")
         trainer.fit_loop.max_epochs = self.progress.start_epoch + plan_epochs(self.stages[self._index :])

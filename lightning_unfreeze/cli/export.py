@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_unfreeze.classifier.export import Deployed, export
-from lightning_unfreeze.classifier.tasks import MultiLabel
 from lightning_unfreeze.cli.checkpoints import load_classifier
+from lightning_unfreeze.module.export import Deployed, export
+from lightning_unfreeze.module.tasks import MultiLabel
 from lightning_unfreeze.reporting import show
 
 

@@ -68,7 +68,10 @@ class UnfreezeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Changes single stages, as the command line says."""
         if self._stage_options:
-            change_stages(self._get(self.config, "trainer").callbacks, self._stage_options)
+            change_stages(self._value(self.config, "trainer").callbacks, self._stage_options)
+
+    def _value(self, config: Any, key: str) -> Any:
+        return config.get(str(self.subcommand), config).get(key)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The Trainer of the config.
@@ -92,7 +95,7 @@ class UnfreezeCLI(LightningCLI):
             callbacks.append(ErrorReport())
         for callback in trainer.checkpoint_callbacks if self._explains else ():
             if isinstance(callback, ModelCheckpoint):
-                callback.dirpath = str(Path(self._get(self.config_init, "ckpt_path")).parent)
+                callback.dirpath = str(Path(self._value(self.config_init, "ckpt_path")).parent)
         return trainer
 
     def before_validate(self) -> None:
@@ -108,7 +111,7 @@ class UnfreezeCLI(LightningCLI):
         self._need_weights()
 
     def _need_weights(self) -> None:
-        if self._get(self.config_init, "ckpt_path") is not None:
+        if self._value(self.config_init, "ckpt_path") is not None:
             return
         if isinstance(self.model, TransferClassifier) and self.model.has_drawn_head:
             raise MisconfigurationException(

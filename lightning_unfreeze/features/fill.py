@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from lightning_unfreeze.features.batch_form import NoStoreError
+from lightning_unfreeze.features.host import Host
 from lightning_unfreeze.features.key import fingerprint_of, function_fingerprint, prefix_fingerprint
 from lightning_unfreeze.features.layout import StoreDtype, StoreError, StoreLayout, TensorSpec
 from lightning_unfreeze.features.prefix import FrozenPrefix, advance
-from lightning_unfreeze.features.serve import ViewedData, pass_size, view_batches
-from lightning_unfreeze.features.shortcut import Host, seconds
+from lightning_unfreeze.features.serve import view_batches
+from lightning_unfreeze.features.shortcut import seconds
 from lightning_unfreeze.features.store import FeatureStore, store_lock
+from lightning_unfreeze.features.viewed import ViewedData, pass_size
 from lightning_unfreeze.features.writer import FeatureWriter
 from lightning_unfreeze.seeding import key_to_seed, keyed_rng
 
@@ -95,7 +97,13 @@ class FeaturePass:
         self.directory = root / f"{key[:24]}-{data.name}"
 
     def open(self) -> tuple[StoredData | None, str]:
-        """The finished store if it is there and true, else None; and why one that is there is not used."""
+        """The finished store if it is there and true, else None; and why one that is there is not used.
+
+        Raises:
+            NoStoreError: If the processes found different boundaries.
+        """
+        if len(set(self.host.gather((self.prefix.boundary, tuple(self.prefix.shapes))))) > 1:
+            raise NoStoreError("the ranks found different boundaries")
         store, problem = None, ""
         try:
             store = FeatureStore.open(self.directory, fingerprint=self.layout.fingerprint, verify=self.verify)
@@ -154,6 +162,15 @@ class FeaturePass:
             raise
         fingerprint = self.layout.fingerprint
         return self._stored(together(self.host, lambda: FeatureStore.open(self.directory, fingerprint=fingerprint)))
+
+    def said(self, earlier: StoredData | None, duration_seconds: float) -> str:
+        """What filling took, in words."""
+        images, duration = self.layout.num_rows * self.layout.num_views, max(duration_seconds, 1e-9)
+        return (
+            f"features of {images} {self.data.name} images {'from the store before' if earlier else 'computed'} behind "
+            f"{self.prefix.boundary!r}: {duration:.1f} s, {images / duration:.0f} images/s, "
+            f"{self.layout.num_bytes / 2**20:.1f} MiB in {self.directory}"
+        )
 
     def follows(self, earlier: StoredData) -> bool:
         """Whether the features can be had from an earlier store, without the images and without a loss."""

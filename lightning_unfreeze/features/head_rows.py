@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lightning_unfreeze.features.solve import HeadRows, Kind
+from lightning_unfreeze.features.batch_form import NoStoreError
+from lightning_unfreeze.features.fill import StoredData, together
+from lightning_unfreeze.features.host import Host
+from lightning_unfreeze.features.serve import FeatureDataset
+from lightning_unfreeze.features.solve import HeadRows, Kind, Solution, solve_head
+
+_ROWS_AT_ONCE = 512
 
 
 class NotLinearError(ValueError):
@@ -71,6 +78,45 @@ def head_rows(run: Callable[[Any], Any], head: nn.Linear, batches: Iterable[Any]
     return HeadRows(
         torch.cat(features), torch.cat(targets), spy.losses[0].kind, None if weights is None else weights.detach().cpu()
     )
+
+
+def solve_on_stores(host: Host, head: nn.Linear, stores: Mapping[str, StoredData]) -> tuple[Solution, int]:
+    """The head solved on the features of all views, the ridge chosen on `"val"` where there is one, and on how many.
+
+    A collective call.
+
+    Args:
+        host: Its step, on stored features, is what the head's rows and targets are caught in.
+        head: What is solved; it is left as it is.
+        stores: By `"train"` and `"val"`.
+
+    Raises:
+        NoStoreError: As `head_rows`, on all ranks alike.
+    """
+    rows: dict[str, HeadRows] = {}
+    with host.aside():
+        host.network.eval()
+        for split, stored in stores.items():
+            rows[split] = together(host, partial(_stored_rows, host, head, stored))
+    train, val = rows["train"], rows.get("val")
+    return solve_head(train, val, num_classes=head.out_features, device=host.device), len(train.features)
+
+
+def _stored_rows(host: Host, head: nn.Linear, stored: StoredData) -> HeadRows:
+    dataset = FeatureDataset(stored.store, stored.data.form, stored.prefix)
+
+    def batches() -> Iterator[Any]:
+        for view in range(dataset.num_views):
+            dataset.view = view
+            for first in range(0, len(dataset), _ROWS_AT_ONCE):
+                rows = list(range(first, min(first + _ROWS_AT_ONCE, len(dataset))))
+                yield dataset[rows].to(host.device).opened()
+
+    try:
+        with stored.prefix.installed():
+            return head_rows(host.run, head, batches())
+    except NotLinearError as error:
+        raise NoStoreError(str(error)) from error
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,17 @@ from torch.utils._pytree import tree_map  # torch 2.6 has no public one; guarded
 from torch.utils.data import DataLoader
 
 from lightning_unfreeze.data.datasets import transform_of, with_transform
-from lightning_unfreeze.features.batch_form import BatchForm, NoStoreError
+from lightning_unfreeze.features.batch_form import NoStoreError
 from lightning_unfreeze.features.fill import FeaturePass, StoredData, together
+from lightning_unfreeze.features.host import Host
 from lightning_unfreeze.features.layout import StoreDtype
-from lightning_unfreeze.features.prefix import FrozenPrefix, untouched
+from lightning_unfreeze.features.patches import untouched
+from lightning_unfreeze.features.prefix import FrozenPrefix
 from lightning_unfreeze.features.search import find_prefix, verify
-from lightning_unfreeze.features.serve import FeatureDataset, ViewedData, check_loader, plain_dataset, probe_batch
-from lightning_unfreeze.features.shortcut import Host
+from lightning_unfreeze.features.serve import FeatureDataset
+from lightning_unfreeze.features.viewed import ViewedData, check_loader, plain_dataset, view_data
+from lightning_unfreeze.layers.modes import kept_modes
 
-_PROBE_IMAGES = 8
 Trains = str | nn.Module | nn.Parameter
 
 
@@ -100,11 +102,8 @@ def cached(
         except NoStoreError as error:
             raise RuntimeError(f"no features can be stored: {error}") from error
         prefix.only_served = True
-        prefix.install()
-        try:
+        with prefix.installed():
             yield CachedBatches(source, stored)
-        finally:
-            prefix.remove()
 
 
 class CachedBatches:
@@ -120,7 +119,7 @@ class CachedBatches:
         self.boundary = stored.prefix.boundary
 
     def __iter__(self) -> Iterator[Any]:
-        self._dataset.view = self._epoch % self._stored.store.layout.num_views
+        self._dataset.view = self._epoch % self._dataset.num_views
         self._epoch += 1
         user, prefix = self._stored.data.loader, self._stored.prefix
         rows: Any = user.sampler if user.batch_sampler is None else user.batch_sampler
@@ -140,17 +139,15 @@ class CachedBatches:
             RuntimeError: If there can be no store, with the reason.
         """
         prefix = self._stored.prefix
-        prefix.remove()
         try:
-            data = self._source.data(loader, "val")
-            problem = verify(prefix, data.form.images(data.fed))
-            if problem:
-                raise NoStoreError(problem)
-            return CachedBatches(self._source, self._source.stored(data, prefix))
+            with prefix.set_aside():
+                data = self._source.data(loader, "val")
+                problem = verify(prefix, data.form.images(data.fed))
+                if problem:
+                    raise NoStoreError(problem)
+                return CachedBatches(self._source, self._source.stored(data, prefix))
         except NoStoreError as error:
             raise RuntimeError(f"no features can be stored: {error}") from error
-        finally:
-            prefix.install()
 
 
 class _Source:
@@ -177,13 +174,10 @@ class _Source:
             plain = with_transform(dataset, self.eval_transform)
         views = [plain, *[dataset] * (self.views - 1)] if name == "train" else [dataset]
         try:
-            raw, form = probe_batch(loader, plain, _PROBE_IMAGES)
+            return view_data(self.host, name, loader, views, self.seed, self.fingerprint, feeding="")
         except NoStoreError as error:
-            raise NoStoreError(
-                str(error).replace("PrecomputeFeatures(eval_transform=...)", "eval_transform=...")
-            ) from None
-        fed = self.host.feed(raw, False)
-        return ViewedData(name, loader, views, raw, fed, BatchForm(fed), form, False, self.seed, self.fingerprint)
+            told = str(error).replace("PrecomputeFeatures(eval_transform=...)", "eval_transform=...")
+            raise NoStoreError(told) from None
 
     def stored(self, data: ViewedData, prefix: FrozenPrefix) -> StoredData:
         work = together(self.host, lambda: FeaturePass(self.host, data, prefix, self.root, self.dtype, "sampled"))
@@ -195,18 +189,16 @@ class _Source:
 def _frozen_but(model: nn.Module, train: Trains | Iterable[Trains] | None) -> Iterator[None]:
     """Only this trains, and modules that do not are in eval mode; everything is put back."""
     wanted = [(p, p.requires_grad) for p in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
     trains = {p for p, wants in wanted if wants} if train is None else _chosen(model, train)
     try:
-        for parameter, _ in wanted:
-            parameter.requires_grad_(parameter in trains)
-        _eval_what_is_frozen(model)
-        yield
+        with kept_modes(model):
+            for parameter, _ in wanted:
+                parameter.requires_grad_(parameter in trains)
+            _eval_what_is_frozen(model)
+            yield
     finally:
         for parameter, wants in wanted:
             parameter.requires_grad_(wants)
-        for module, mode in modes:
-            module.training = mode
 
 
 def _eval_what_is_frozen(model: nn.Module) -> None:

@@ -38,7 +38,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from lightning_unfreeze.features.calls import MISSING, Call, Leaf, name_of_leaf, nothing, numbered
+from lightning_unfreeze.features.calls import Call, Leaf, name_of_leaf, nothing, numbered
+from lightning_unfreeze.features.patches import Patches, Stop
+from lightning_unfreeze.layers.modes import mode_problem
 
 Run = Callable[[Tensor], Any]
 
@@ -48,10 +50,6 @@ _CHANGED = (
     "{} changes the stored features on their way to the network, as it would change images; augment in the dataset's "
     "transform, or train without stored features"
 )
-
-
-class Stop(BaseException):
-    """Ends a forward that has given all it was asked for. No ``except Exception`` of the user's code can catch it."""
 
 
 class FrozenPrefix:
@@ -227,13 +225,30 @@ class FrozenPrefix:
         Raises:
             RuntimeError: When nothing read the features.
         """
-        self.install()
-        try:
+        with self.installed():
             yield self.stand_in(self.pack(features))
             if not self._consumed or not self._entered_once:
                 raise RuntimeError(f"the features of {self.boundary!r} were never read by the network")
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Within the context the network takes what `stand_in` gives, or images as before."""
+        self.install()
+        try:
+            yield
         finally:
             self.remove()
+
+    @contextlib.contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Within the context nothing is on the network; what is installed comes back after it."""
+        was_installed = self.is_installed
+        self.remove()
+        try:
+            yield
+        finally:
+            if was_installed:
+                self.install()
 
     def install(self, images: Tensor | None = None) -> None:
         """Arrange that the network takes packed features, or images as before; for callbacks, which have no ``with``.
@@ -368,81 +383,6 @@ def advance(features: Mapping[str, Tensor], from_prefix: FrozenPrefix, to_prefix
     """
     with from_prefix.replay(features) as packed:
         return to_prefix.extract(packed)
-
-
-def mode_problem(name: str, module: nn.Module) -> str:
-    """Why the module's output would not be the same each time; empty when it is."""
-    for child_name, child in module.named_modules(prefix=name):
-        kind = type(child).__name__
-        if isinstance(child, nn.modules.batchnorm._BatchNorm) and (child.training or child.running_mean is None):
-            return f"{child_name!r} ({kind}) is frozen but normalises with batch statistics; put it in eval mode"
-        if not child.training:
-            continue
-        owns = any(True for _ in child.parameters(recurse=False)) or any(True for _ in child.buffers(recurse=False))
-        drops = "drop" in kind.lower() and any(getattr(child, p, None) for p in ("p", "prob", "drop_prob"))
-        if owns or drops:
-            return f"{child_name!r} ({kind}) is frozen but in train mode; put it in eval mode"
-    return ""
-
-
-@contextlib.contextmanager
-def untouched(network: nn.Module) -> Iterator[None]:
-    """Put modes, buffers and the random state back. Attention biases cached in eval mode are dropped, graph and all."""
-    modes = [(module, module.training) for module in network.modules()]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in network.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
-
-    def restore_modes() -> None:
-        torch.clear_autocast_cache()  # older torch (not 2.15) would re-use weights cast without a graph
-        network.train()  # the caches of such models are emptied by their train()
-        for module, mode in modes:
-            module.training = mode
-
-    devices = {p.device.index or 0 for p in network.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices)):
-        restore_modes()
-        try:
-            yield
-        finally:
-            restore_modes()
-            with torch.no_grad():
-                for module, name, buffer, value in buffers:
-                    module._buffers[name] = buffer.copy_(value)
-
-
-class Patches:
-    """Methods replaced on the instances, ``(module, method, original -> replacement)``; what was there comes back.
-
-    A context that is opened and closed with every batch: hence no generator, and the modules are looked up once.
-    """
-
-    def __init__(
-        self, patches: Iterable[tuple[nn.Module, str, Callable[[Callable[..., Any]], Callable[..., Any]]]]
-    ) -> None:
-        self._patches = tuple(patches)
-        self._before: list[tuple[dict[str, Any], str, Any]] = []
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the replacements are in place."""
-        return bool(self._before)
-
-    def __enter__(self) -> None:
-        for module, method, wrap in self._patches:
-            replacement = wrap(getattr(module, method))
-            self._before.append((module.__dict__, method, module.__dict__.get(method, MISSING)))
-            module.__dict__[method] = replacement
-
-    def __exit__(self, *_: object) -> None:
-        while self._before:
-            own, method, previous = self._before.pop()
-            if previous is MISSING:
-                del own[method]
-            else:
-                own[method] = previous
 
 
 def version_of(tensor: Tensor) -> int:

@@ -158,13 +158,26 @@ class ResidentStore:
 
 
 def resident(
-    store: FeatureStore, device: torch.device, place: Place, on_host: Collection[str] = ()
+    store: FeatureStore,
+    device: torch.device,
+    place: Place | Literal["auto"],
+    on_host: Collection[str] = (),
+    share: float = 0.5,
 ) -> tuple[FeatureStore | ResidentStore, str]:
     """The store in the place that was chosen, or in the next one where there is no room after all.
+
+    Args:
+        store: On disk.
+        device: Where the step runs.
+        place: `"auto"` for that of `choose_place`.
+        on_host: Names of tensors that stay on the host.
+        share: Of the free memory that they may take, for `"auto"`.
 
     Returns:
         What to read from, and a sentence where it is not where it was to be.
     """
+    if place == "auto":
+        place = choose_place(store.layout.num_bytes, device, share)
     for one in PLACES[PLACES.index(place) :]:
         if one == "disk":
             break

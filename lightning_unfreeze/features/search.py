@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lightning_unfreeze.features.calls import Call, Leaf, numbered
-from lightning_unfreeze.features.prefix import FrozenPrefix, Patches, Run, Stop, mode_problem, untouched, version_of
+from lightning_unfreeze.features.patches import Patches, Stop, untouched
+from lightning_unfreeze.features.prefix import FrozenPrefix, Run, version_of
+from lightning_unfreeze.layers.modes import mode_problem
 from lightning_unfreeze.seeding import keyed_rng
 
 _PLAIN_TYPES = (int, float, str, type(None), torch.Size, torch.dtype, torch.device)

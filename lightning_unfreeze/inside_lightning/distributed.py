@@ -16,6 +16,7 @@ from lightning.pytorch.strategies.xla import XLAStrategy
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
+from lightning_unfreeze.inside_lightning.loaders import process_loaders, process_no_loaders
 from lightning_unfreeze.seeding import keyed_rng
 
 _WORKING = "single device (cpu, cuda, mps), 'ddp', 'ddp_spawn', 'ddp_fork', 'ddp_notebook'"
@@ -135,26 +136,23 @@ class OneOrder:
 def one_order_on_all_ranks(trainer: pl.Trainer, key: Callable[[int], tuple[int | str, ...]]) -> None:
     """Loaders that are made from here on draw their order with `key(epoch)`; does nothing in one process.
 
-    Lightning (2.6) hands each loader to the strategy last, with its distributed sampler in place around the user's
-    sampler; there is no public way to reach in. Guarded by `test_ddp__a_sampler_of_the_users_is_drawn_once`.
+    Guarded by `test_ddp__a_sampler_of_the_users_is_drawn_once`.
     """
     if trainer.world_size == 1:
         return
-    process = trainer.strategy.process_dataloader
     progress: Any = trainer.fit_loop.epoch_progress
 
-    def process_and_order(loader: object) -> object:
-        processed = process(loader)
-        if isinstance(processed, DataLoader):
-            _give_one_order(processed, lambda: key(progress.current.processed))
-        return processed
+    def in_one_order(loader: object) -> object:
+        if isinstance(loader, DataLoader):
+            _give_one_order(loader, lambda: key(progress.current.processed))
+        return loader
 
-    vars(trainer.strategy)["process_dataloader"] = process_and_order
+    process_loaders(trainer, OneOrder, in_one_order)
 
 
 def own_order_on_each_rank(trainer: pl.Trainer) -> None:
     """Loaders are made as before `one_order_on_all_ranks`."""
-    vars(trainer.strategy).pop("process_dataloader", None)
+    process_no_loaders(trainer, OneOrder)
 
 
 def _give_one_order(loader: DataLoader[Any], key: Callable[[], tuple[int | str, ...]]) -> None:

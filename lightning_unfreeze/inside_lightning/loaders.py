@@ -1,20 +1,22 @@
-"""The Trainer's loaders, read from the side."""
+"""The Trainer's loaders: read from the side, made early or anew, and answered for by somebody else."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_unfreeze.layers.kept import kept
 
+Answer = Callable[[Callable[[], Any]], Any]
 _READ_ONLY_BYTES = 2**20  # what is larger than a list of indices is data, which reading does not change
 
 
@@ -101,3 +103,85 @@ def ask_for_loaders_again(trainer: pl.Trainer) -> None:
     """
     trainer.fit_loop._combined_loader = None
     trainer.fit_loop.epoch_loop.val_loop._combined_loader = None
+
+
+def answer_for_loaders(trainer: pl.Trainer, train: Answer, val: Answer) -> Callable[[], None]:
+    """Has the requests of a fit for its loaders answered by these, each given what makes the user's own.
+
+    Lightning asks a private source, and there is no public way to answer in its place; guarded by
+    `test_precompute__lightning_asks_for_the_loaders_of_each_stage` (Lightning 2.6).
+
+    Returns:
+        What undoes it.
+    """
+    loops: list[Any] = [trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop]
+    sources = [loop._data_source for loop in loops]
+    for loop, answer in zip(loops, (train, val), strict=True):
+        loop._data_source = _Answered(loop._data_source, answer)
+
+    def undo() -> None:
+        for loop, source in zip(loops, sources, strict=True):
+            loop._data_source = source
+
+    return undo
+
+
+class _Answered(_DataLoaderSource):
+    """Lightning's source of a loader, asked through somebody else."""
+
+    def __init__(self, own: _DataLoaderSource, answer: Answer) -> None:
+        super().__init__(own.instance, own.name)
+        self.own, self.answer = own, answer
+
+    def dataloader(self) -> Any:
+        return self.answer(self.own.dataloader)
+
+
+def own_validation_loader(trainer: pl.Trainer) -> Any:
+    """The user's validation loader, whoever answers for it; None without one. Guarded as `answer_for_loaders`."""
+    source: Any = trainer.fit_loop.epoch_loop.val_loop._data_source
+    source = getattr(source, "own", source)
+    return source.dataloader() if source.instance is not None and source.is_defined() else None
+
+
+def own_batch_sampler(loader: DataLoader[Any]) -> Any:
+    """The user's batch sampler, also in `predict`, where Lightning (2.6) puts one of its own around it.
+
+    Iterating that one clears its record of what was predicted, and it has no public way to what it wraps; guarded by
+    `test_own_batch_sampler__is_the_users_in_predict`.
+    """
+    return getattr(loader.batch_sampler, "_batch_sampler", loader.batch_sampler)
+
+
+class _ThenSteps:
+    """A strategy's `process_dataloader`, and what comes after it."""
+
+    def __init__(self, process: Callable[[object], object]) -> None:
+        self.process, self.steps = process, dict[object, Callable[[Any], Any]]()
+
+    def __call__(self, loader: object) -> object:
+        loader = self.process(loader)
+        for step in self.steps.values():
+            loader = step(loader)
+        return loader
+
+
+def process_loaders(trainer: pl.Trainer, owner: object, step: Callable[[Any], Any]) -> None:
+    """Has loaders that are made from here on go through `step`, until `process_no_loaders` for the same owner.
+
+    Lightning (2.6) hands each loader to the strategy last, with its distributed sampler in place around the user's
+    sampler; there is no other way to reach in. Guarded by `test_ddp__a_sampler_of_the_users_is_drawn_once`.
+    """
+    then = vars(trainer.strategy).get("process_dataloader")
+    if not isinstance(then, _ThenSteps):
+        then = vars(trainer.strategy)["process_dataloader"] = _ThenSteps(trainer.strategy.process_dataloader)
+    then.steps[owner] = step
+
+
+def process_no_loaders(trainer: pl.Trainer, owner: object) -> None:
+    """Undoes `process_loaders`; harmless without it."""
+    then = vars(trainer.strategy).get("process_dataloader")
+    if isinstance(then, _ThenSteps):
+        then.steps.pop(owner, None)
+        if not then.steps:
+            del vars(trainer.strategy)["process_dataloader"]

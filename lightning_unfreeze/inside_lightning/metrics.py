@@ -25,6 +25,11 @@ class _Pinned(_LoggerConnector):
         return self.pinned
 
 
+def logged_scalars(trainer: pl.Trainer) -> dict[str, float]:
+    """The metrics that callbacks read, of those the single numbers."""
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+
+
 def pin_callback_metrics(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:
     """From here on `trainer.callback_metrics` is this, whatever the loops have logged of other weights.
 
@@ -57,7 +62,7 @@ def validate_aside(trainer: pl.Trainer, heard_by: Sequence[Callback] = ()) -> di
         loop.restarting = False
         trainer.validating = True
         loop.run()
-        found = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+        found = logged_scalars(trainer)
         trainer.training = True
     return found
 

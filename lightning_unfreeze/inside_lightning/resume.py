@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 
 @dataclass(frozen=True)
@@ -60,3 +61,20 @@ def _validates_at_epoch_end(trainer: pl.Trainer, epochs: Mapping[str, int], batc
     # a share of the epoch, or a number of batches
     every_batches = int(batches["ready"] * interval) if isinstance(interval, float) else interval
     return isinstance(every_batches, int) and every_batches > 0 and batches["ready"] % every_batches == 0
+
+
+def staged_state(trainer: pl.Trainer, checkpoint: dict[str, Any], state_key: str) -> dict[str, Any] | None:
+    """What the conductor kept in a checkpoint that a fit goes on from; None where there is nothing to go on with.
+
+    Raises:
+        MisconfigurationException: For a checkpoint that was not written by a staged run.
+    """
+    state: dict[str, Any] = checkpoint.get("callbacks", {}).get(state_key)
+    if state:
+        return state
+    if checkpoint["global_step"] == trainer.global_step == 0:
+        return None  # a tool tried steps before the fit began, and puts everything back
+    raise MisconfigurationException(
+        "the checkpoint was not written by a run with GradualUnfreeze, so its optimizer does not fit the "
+        "stages; load its weights (`load_from_checkpoint`) and fit without ckpt_path"
+    )

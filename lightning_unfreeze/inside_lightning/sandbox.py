@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_unfreeze.inside_lightning.distributed import rebuild_ddp
@@ -40,19 +39,6 @@ def sandbox(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None
         finally:
             trainer.callbacks = callbacks  # type: ignore[attr-defined]
     rebuild_ddp(trainer)  # a collective call: not after an error, which may be that of one rank alone
-
-
-@contextmanager
-def in_eval_mode(*roots: nn.Module) -> Iterator[None]:
-    """Puts modules in eval mode with all that is inside them, and every part back in its own mode after it."""
-    modes = [(part, part.training) for root in roots for part in root.modules()]
-    for root in roots:
-        root.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 def _log_nothing(*_: Any, **__: Any) -> None:

@@ -1,15 +1,20 @@
-"""A step as the Trainer makes it, outside of its loop: a batch on its device, the loss, an optimizer step."""
+"""A step as the Trainer makes it, outside of its loop: a batch on its device, the loss, an optimizer step; how many."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from fractions import Fraction
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_unfreeze.seeding import keyed_rng
 
 StepName = Literal["training_step", "validation_step"]
 
@@ -49,6 +54,26 @@ def step_output(
     plugin = trainer.precision_plugin
     with plugin.train_step_context() if name == "training_step" else plugin.val_step_context():
         return step(*arguments)
+
+
+@torch.no_grad()
+def step_outcome(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, name: StepName) -> dict[str, Any]:
+    """What a step returns and logs, and the states of the metrics that it updates, by name; inside of `sandbox`."""
+    found: dict[str, Any] = {}
+    metrics = {key: part for key, part in pl_module.named_modules() if isinstance(part, Metric)}
+    for metric in metrics.values():
+        metric.reset()
+    before = {key: vars(pl_module)[key] for key in ("log", "log_dict")}
+    vars(pl_module)["log"] = lambda key, value, *_, **__: found.update({key: value})
+    vars(pl_module)["log_dict"] = lambda values, *_, **__: found.update(values)
+    try:
+        with keyed_rng("check"):
+            found["output"] = step_output(trainer, pl_module, batch, name=name, together=False)
+    finally:
+        vars(pl_module).update(before)
+    for key, metric in metrics.items():
+        found[f"state of {key}"] = metric.metric_state
+    return found
 
 
 def training_loss(
@@ -96,3 +121,17 @@ def optimizer_step(
             forward_backward()
     strategy.optimizer_step(optimizer, forward_backward, pl_module)
     return torch.stack(losses).mean() if losses else None
+
+
+def steps_of_epoch(trainer: pl.Trainer) -> int | None:
+    """Optimizer steps of an epoch; None where the training data has no length."""
+    if math.isinf(trainer.num_training_batches):
+        return None
+    # Lightning also steps at the last batch of an epoch, where the accumulation window is not full
+    return -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
+
+
+def epochs_of_fit(trainer: pl.Trainer, steps: int) -> Fraction | float:
+    """Length of the whole fit in epochs of so many steps; infinite where it has no end."""
+    total = trainer.estimated_stepping_batches
+    return total if math.isinf(total) else Fraction(int(total), steps)

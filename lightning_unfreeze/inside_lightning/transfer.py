@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Protocol
 
@@ -11,6 +12,11 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import RunningStage
 
+from lightning_unfreeze.layers.kept import kept
+from lightning_unfreeze.layers.modes import kept_modes
+from lightning_unfreeze.seeding import keyed_rng
+
+_DRAWS = 4  # of a hook that changes some batches only
 _HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
@@ -60,12 +66,40 @@ def transfer_hooks(trainer: pl.Trainer) -> list[Callable[..., Any]]:
 @contextmanager
 def mode_of(trainer: pl.Trainer, module: pl.LightningModule, *, training: bool) -> Iterator[None]:
     """`trainer.training` and the module's mode are those of training, or of validation."""
-    before, modes = trainer.state.stage, [(part, part.training) for part in module.modules()]
+    before = trainer.state.stage
     trainer.state.stage = RunningStage.TRAINING if training else RunningStage.VALIDATING
-    module.train(training)
     try:
-        yield
+        with kept_modes(module):
+            module.train(training)
+            yield
     finally:
         trainer.state.stage = before
-        for part, mode in modes:
-            part.training = mode
+
+
+def handed_batches(owners: Iterable[Any], hook: str) -> list[Any]:
+    """Those of the callbacks and the module that are the user's and are handed the batch before the step."""
+    ours = ("lightning.", "pytorch_lightning.", "lightning_unfreeze.")
+    return [
+        owner for owner in owners if hasattr(owner, hook) and not getattr(type(owner), hook).__module__.startswith(ours)
+    ]
+
+
+def who_changes_batches(trainer: pl.Trainer, owners: Iterable[Any], batch: Any, is_same: Callable[[Any], bool]) -> str:
+    """The first callback, or the module, whose `on_train_batch_start` changes a batch; `""` if none. In a `sandbox`.
+
+    Args:
+        trainer: In `fit`.
+        owners: Callbacks and the module; inside a sandbox the Trainer has none.
+        batch: As the step gets it; they are handed copies.
+        is_same: Whether a batch is still what it was.
+    """
+    for owner in handed_batches(owners, "on_train_batch_start"):
+        arguments = (trainer, trainer.lightning_module) if isinstance(owner, pl.Callback) else ()
+        for draw in range(_DRAWS):
+            handed = copy.deepcopy(batch)
+            # what a callback writes down of a batch is not its business here: it is put back, errors included
+            with kept(owner, skip=(pl.Trainer, pl.LightningModule)), keyed_rng("hook", draw), suppress(Exception):
+                owner.on_train_batch_start(*arguments, handed, 0)
+            if not is_same(handed):
+                return f"{type(owner).__name__}.on_train_batch_start"
+    return ""

@@ -136,6 +136,14 @@ def set_lr(group: dict[str, Any], rate: float) -> None:
         group["lr"] = rate
 
 
+def set_momentum(group: dict[str, Any], momentum: float) -> None:
+    """Writes the momentum of a param group, or Adam's beta1."""
+    if "betas" in group:
+        group["betas"] = (momentum, *group["betas"][1:])
+    else:
+        group["momentum"] = momentum
+
+
 def trained_rates(param_groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The rate in force of each layer group that trains."""
     rates: dict[str, float] = {}

@@ -236,14 +236,17 @@ class _PlanProbe(Probe):
         batches = int(trainer.num_training_batches)
         images = sized_len(getattr(loader, "dataset", None)) or 0
         self.enter(trainer, stage)
-        trained, parameters = self.trained(stage), sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        trained, parameters = (
+            self.what_trains.trained(stage),
+            sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
+        )
         step_flops, frozen_flops, step_seconds = self._measure(trainer, pl_module, batch)
         # a stored stage runs the frozen part once for every image, and only the rest on every epoch
         share = frozen_flops / step_flops if stage.precompute and step_flops else 0.0
         flops, duration = float(step_flops * batches), step_seconds * batches
         given = {layer_group_of(group): given_lr(group) for group in trainer.optimizers[0].param_groups}
         peaks = {name: 1.0 if stage.lr == "find" else given[name] if stage.lr is None else stage.lr for name in trained}
-        ratios = self.ratios(stage)
+        ratios = self.what_trains.ratios(stage)
         return PlannedStage(
             stage,
             tuple(trained),
@@ -260,7 +263,7 @@ class _PlanProbe(Probe):
     def _savings(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, batch: Any, step_seconds: float
     ) -> dict[float, float]:
-        ratios, trained = self.ratios(stage), self.trained(stage)
+        ratios, trained = self.what_trains.ratios(stage), self.what_trains.trained(stage)
         savings: dict[float, float] = {}
         before = trained
         for threshold in _THRESHOLDS:

@@ -51,7 +51,7 @@ class _RangeTestProbe(Probe):
         asked = [stage for stage in self.stages if stage.lr == "find"] or self.stages
         for stage in asked:
             run = self.enter(trainer, stage)
-            self.set_rates(trainer, stage)
+            self.what_trains.set_rates(trainer.optimizers[0].param_groups, stage)
             with self.around_stage_start(trainer, run):
                 self.results[stage.name] = self.finder.range_test(trainer, pl_module, stage.name)
         trainer.should_stop = True

@@ -111,6 +111,20 @@ class Course:
         total = Fraction(math.ceil(cycles_sum(cycle_len, cycle_mult, num_cycles)))
         return cls(as_fraction(cycle_len), as_fraction(cycle_mult), total, (num_cycles - 1, before_last))
 
+    @classmethod
+    def of_fit(cls, total: Fraction | float, cycle_len: float | None, cycle_mult: float) -> Course:
+        """Cycles of a fit without stages; without a `cycle_len` the whole fit, which has to end, is one.
+
+        Raises:
+            ValueError: For cycles that shrink to nothing before the fit ends.
+        """
+        if cycle_len is None:
+            return cls(Fraction(total), total=total, last=(0, Fraction(0)))
+        course = cls(as_fraction(cycle_len), as_fraction(cycle_mult), total)
+        if not math.isinf(total):
+            course.at(total)
+        return course
+
     def at(self, place: float | Fraction) -> tuple[int, float, float]:
         """The cycle that a place lies in: index, start, length."""
         if self.last is not None and place >= self.last[1]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
+from itertools import accumulate
 from typing import Literal
 
 from lightning_unfreeze.stages.cycles import MAX_STAGE_EPOCHS, as_fraction, cycles_sum
@@ -195,6 +196,11 @@ class Stage:
         return [length * mult**index for index in range(self.num_cycles)]
 
     @property
+    def cycle_ends(self) -> list[Fraction]:
+        """End of each cycle in epochs from the start of the stage, exact; empty without `cycle_len`."""
+        return list(accumulate(self.cycle_epochs))
+
+    @property
     def num_epochs(self) -> int:
         """Whole epochs of the stage (at most, with `until`); cycles that end inside an epoch round up to its end.
 
@@ -239,6 +245,34 @@ def check_plan(stages: Sequence[Stage]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"stage names have to differ, {twice} are used more than once in {names}")
+
+
+def unserved(stages: Sequence[Stage], present: Collection[str]) -> str:
+    """What the first stage asks for that no callback serves, and what to do; `""` where all is served.
+
+    Args:
+        stages: The plan.
+        present: Names of the classes of callbacks that there are, those of their bases too.
+    """
+    for stage in stages:
+        for option, callback in stage.needs.items():
+            if callback not in present:
+                return (
+                    f"stage {stage.name!r} has {option}, which {callback} serves, and the Trainer has none; "
+                    f"add {callback}() to its callbacks or take the option out"
+                )
+    return ""
+
+
+def sets_rates(stages: Sequence[Stage]) -> bool:
+    """Whether a stage says anything of rates; else those of the optimizer and its scheduler hold.
+
+    >>> sets_rates([Stage("head", train="head", epochs=1)]), sets_rates([Stage("full", epochs=1, lr_span=1 / 9)])
+    (False, True)
+    """
+    return any(
+        stage.lr is not None or stage.lr_mult != 1 or stage.lr_span is not None or stage.solve for stage in stages
+    )
 
 
 def image_sizes(stages: Sequence[Stage]) -> dict[str, int]:

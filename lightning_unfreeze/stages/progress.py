@@ -90,9 +90,27 @@ class Progress:
         """
         at, names = before[self.index], [stage.name for stage in stages]
         if at["name"] not in names:
-            raise ValueError(f"the checkpoint stands in stage {at['name']!r}, the new plan has {names}")
+            raise ValueError(f"cannot restage: the checkpoint stands in stage {at['name']!r}, the new plan has {names}")
         index = names.index(at["name"])
         return replace(self, index=index, restaged=bool(plan_difference([at], [stages[index]])), over=False)
+
+    def kept_or_restaged(
+        self, before: Sequence[Mapping[str, Any]], stages: Sequence[Stage], *, may_restage: bool
+    ) -> tuple[Progress, str]:
+        """Where the run of a checkpoint stands in `stages`, and how these differ from its own plan.
+
+        Raises:
+            ValueError: For another plan, where that may not be, or it has no such stage.
+        """
+        difference = plan_difference(before, stages)
+        if not difference:
+            return self, ""
+        if not may_restage:
+            raise ValueError(
+                f"the checkpoint was written by another plan: {difference}; resume with the same plan, or allow "
+                "the change by GradualUnfreeze(on_plan_change='restage')"
+            )
+        return self.in_other_plan(before, stages), difference
 
     def to_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps. A stage that was started anew goes on as any other from the next one."""

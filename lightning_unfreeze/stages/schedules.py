@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
 
-from lightning_unfreeze.stages.cycles import as_fraction, cycle_at
+from lightning_unfreeze.stages.cycles import Course, as_fraction, cycle_at
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -184,6 +184,12 @@ class Shape:
         if self.first_steps_warmup and index == 0:
             value = first_steps_warmup(t, value, length)
         return float(value * self.decay**index)
+
+    def at(self, course: Course, place: float | Fraction, steps: int) -> float:
+        """Multiplier of the peak rate at a place of a course, in epochs of so many optimizer steps."""
+        index, start, length = course.at(place)
+        # in steps: a triangle's cut is a whole number of them
+        return self.multiplier(index, float((as_fraction(place) - as_fraction(start)) * steps), length * steps)
 
 
 def _time(t: float) -> float:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 Mode = Literal["min", "max"]
 
@@ -40,6 +42,78 @@ def find_monitor(logged: Iterable[str]) -> str | None:
         return shortest[0]
     others = [name for name in names if direction(name) is not None]
     return others[0] if not losses and len(others) == 1 else None
+
+
+class Monitor:
+    """The value that stages with `until` are judged by, as it was asked for or as it is found among what is logged.
+
+    Attributes:
+        name: Under which it is logged; None as long as it is not known.
+        mode: Whether less or more of it is better.
+
+    Args:
+        name: As asked for; None to have it found.
+        mode: As asked for; `"auto"` tells by the name.
+
+    Raises:
+        ValueError: For another mode, or a name that does not tell.
+    """
+
+    def __init__(self, name: str | None, mode: Mode | Literal["auto"]) -> None:
+        if mode not in ("auto", "min", "max"):
+            raise ValueError(f"mode={mode!r} is not 'auto', 'min' or 'max'")
+        if name is not None and mode == "auto" and direction(name) is None:
+            raise ValueError(
+                f"monitor={name!r}: its name does not tell whether less is better; set mode='min' or 'max'"
+            )
+        self._asked, self._asked_mode = name, mode
+        self.forget()
+
+    def forget(self) -> None:
+        """As it was asked for."""
+        self.name: str | None = self._asked
+        self.mode: Mode = self._mode_of(self._asked or "loss")
+
+    def take(self, name: str, mode: object = None) -> None:
+        """Judges by this, unless another one was asked for.
+
+        Args:
+            name: Of the value.
+            mode: `"min"` or `"max"`; anything else leaves it to what was asked for.
+
+        Raises:
+            MisconfigurationException: Where neither tells whether less is better.
+        """
+        if self._asked is None:
+            self.name = name
+            self.mode = "min" if mode == "min" else "max" if mode == "max" else self._mode_of(name)
+
+    def find(self, logged: Sequence[str]) -> str:
+        """Looks for it in what a validation logged; what is to be said of what was found, `""` where nothing is.
+
+        Raises:
+            MisconfigurationException: Where it is not there.
+        """
+        if self.name in logged:
+            return ""
+        found = find_monitor(logged) if self.name is None else None
+        if found is None:
+            asked = "the validation loss" if self.name is None else repr(self.name)
+            raise MisconfigurationException(
+                f"until='overfit' and until='plateau' look at {asked}, which validation did not log; logged are "
+                f"{list(logged)}; name one of them: CosineRestarts(monitor=...)"
+            )
+        self.take(found)
+        return "" if found == "val_loss" else f"stages with `until` are judged by {found!r} ({self.mode} is better)"
+
+    def _mode_of(self, name: str) -> Mode:
+        found = direction(name) if self._asked_mode == "auto" else self._asked_mode
+        if found is None:
+            raise MisconfigurationException(
+                f"stages with `until` are judged by {name!r}, whose name does not tell whether less is better; set "
+                "CosineRestarts(mode='min') or 'max'"
+            )
+        return found
 
 
 def gain(before: float | None, now: float, mode: Mode) -> float:

@@ -14,13 +14,15 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
+from lightning_unfreeze.data.datasets import innermost_dataset
 from lightning_unfreeze.inside_lightning.distributed import gather_objects
+from lightning_unfreeze.inside_lightning.loaders import own_batch_sampler
 from lightning_unfreeze.inside_lightning.weights import load_weights
 from lightning_unfreeze.seeding import kept_rng
 from lightning_unfreeze.tta.figure import SHEET_IMAGES, thumbnail
 from lightning_unfreeze.tta.outputs import End, as_logits, end_of
 from lightning_unfreeze.tta.random_views import DrawingLoader
-from lightning_unfreeze.tta.result import decisions, flipped_rows
+from lightning_unfreeze.tta.result import TTAResult, decisions, flipped_rows
 from lightning_unfreeze.tta.views import Activation
 from lightning_unfreeze.tta.watch import LogitsSpy, NetworkCall, State
 
@@ -86,6 +88,18 @@ class LoaderPass:
             order = order[torch.cat([index.new_ones(1, dtype=torch.bool), index[1:] != index[:-1]])]
         return {name: value[order] for name, value in rows.items()}
 
+    def whole_result(self, trainer: pl.Trainer) -> TTAResult | None:
+        """What all ranks have found, without metrics; None where there was no batch. A collective call."""
+        rows = self.whole_set(trainer)
+        told = [each for each in gather_objects(trainer, self.activation) if each is not None]
+        return None if rows is None else TTAResult(activation=told[0] if told else "softmax", metrics={}, **rows)
+
+    def class_names(self, trainer: pl.Trainer) -> Sequence[str] | None:
+        """Of the data module, else of the dataset; None where neither says."""
+        of_dataset = getattr(innermost_dataset(self.dataset), "classes", None)
+        found: Sequence[str] | None = getattr(getattr(trainer, "datamodule", None), "class_names", of_dataset)
+        return found
+
     def whole_sheet(self, trainer: pl.Trainer) -> Mapping[int, Tensor]:
         """The pictures of all ranks, by index. A collective call."""
         return {
@@ -150,6 +164,15 @@ class Pass:
                 loader.loader.stop()
 
 
+def snapshot_files(callbacks: Iterable[Any], *, testing: bool) -> list[Path]:
+    """The checkpoints that callbacks list in `snapshots`.
+
+    One that makes an ensemble of them in `test` puts them into the module's own forward, which then gives all views.
+    """
+    listing = [each for each in callbacks if not (testing and getattr(each, "ensemble", False))]
+    return [path for each in listing for path in getattr(each, "snapshots", [])]
+
+
 def _plain(images: Tensor) -> Tensor:
     return images
 
@@ -159,8 +182,7 @@ def sampled_batches(loader: Any) -> list[list[int]] | None:
     loader = loader.loader if isinstance(loader, DrawingLoader) else loader
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return None
-    # Lightning 2.6 puts `_IndexBatchSamplerWrapper` around it for predict, and iterating that one clears its record
-    batch_sampler: Any = getattr(loader.batch_sampler, "_batch_sampler", loader.batch_sampler)
+    batch_sampler = own_batch_sampler(loader)
     if batch_sampler is None or isinstance(getattr(batch_sampler, "sampler", None), RandomSampler):
         return None
     with kept_rng():

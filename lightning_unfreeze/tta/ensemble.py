@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+
+from lightning_unfreeze.inside_lightning.weights import load_weights
 
 
 class AveragedForward:
@@ -21,6 +25,21 @@ class AveragedForward:
         self._module, self._states = module, [dict(state) for state in states]
         self.calls = 0
 
+    @classmethod
+    def of_files(cls, module: nn.Module, paths: Sequence[Path], device: torch.device) -> AveragedForward:
+        """Over the weights in these files.
+
+        Raises:
+            MisconfigurationException: Where there are none, or some are missing.
+        """
+        missing = [str(path) for path in paths if not path.is_file()]
+        if missing or not paths:
+            raise MisconfigurationException(
+                f"ensemble=True averages over snapshots, {'there are none' if not missing else f'missing: {missing}'}; "
+                "fit with snapshots=True first, or test from a checkpoint of that run"
+            )
+        return cls(module, [load_weights(path, device) for path in paths])
+
     def install(self) -> None:
         """Puts the averaging forward on the instance."""
         vars(self._module)["forward"] = self._forward
@@ -28,6 +47,18 @@ class AveragedForward:
     def remove(self) -> None:
         """Takes it off again."""
         vars(self._module).pop("forward", None)
+
+    def end(self) -> None:
+        """Takes it off at the end of a test.
+
+        Raises:
+            MisconfigurationException: Where the test never called the module.
+        """
+        self.remove()
+        if not self.calls:
+            raise MisconfigurationException(
+                "ensemble=True averages what the module's `forward` returns, and test_step never called self(x)"
+            )
 
     def _forward(self, *args: Any, **kwargs: Any) -> Tensor:
         self.calls += 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -95,6 +96,11 @@ def beta_weights(beta: float | str | None, num_views: int) -> list[float] | None
     if isinstance(beta, str) or not 0 <= beta <= 1:
         raise ValueError(f"beta={beta!r} is not a share in [0, 1], 'v2' or 'v07'")
     return [beta] + [(1 - beta) / others] * others
+
+
+def view_functions(views: Sequence[View], crop_px: int | None) -> list[Callable[[Tensor], Tensor]]:
+    """Each view as a function of the images: those by name, and functions of the user's as they are."""
+    return [partial(draw_view, name=view, crop_px=crop_px) if isinstance(view, str) else view for view in views]
 
 
 def draw_view(images: Tensor, name: str, crop_px: int | None = None) -> Tensor:

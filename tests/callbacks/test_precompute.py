@@ -1059,8 +1059,8 @@ class Slow(Images):
     ],
 )
 def test_precompute__stores_only_if_that_is_quicker(epochs, limit, num_views, pays, tmp_path, monkeypatch):
-    monkeypatch.setattr(precompute, "step_seconds", lambda *_: (0.001, 0.0005))
-    monkeypatch.setattr(precompute, "seconds", lambda *_: 8 * 0.005)
+    monkeypatch.setattr("lightning_unfreeze.features.estimate.step_seconds", lambda *_: (0.001, 0.0005))
+    monkeypatch.setattr("lightning_unfreeze.features.estimate.seconds", lambda *_: 8 * 0.005)
     monkeypatch.setattr(FeaturePass, "seconds_per_image", lambda *_: 0.006)
     options = {"policy": "auto", "num_views": num_views}
     fit(tmp_path, stages=head_stage(True, epochs), options=options, limit_train_batches=limit)

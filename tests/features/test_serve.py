@@ -22,18 +22,16 @@ from lightning_unfreeze.data.loaders import EpochSampler, KeyedDataset, Resumabl
 from lightning_unfreeze.features.batch_form import BatchForm, NoStoreError
 from lightning_unfreeze.features.layout import StoreLayout, TensorSpec
 from lightning_unfreeze.features.search import find_prefix
-from lightning_unfreeze.features.serve import (
-    FeatureDataset,
+from lightning_unfreeze.features.serve import FeatureDataset, feature_loader, view_batches
+from lightning_unfreeze.features.store import FeatureStore
+from lightning_unfreeze.features.viewed import (
     ViewedData,
     _callables_fingerprint,
     check_loader,
     evaluation_transform,
-    feature_loader,
     plain_dataset,
     probe_batch,
-    view_batches,
 )
-from lightning_unfreeze.features.store import FeatureStore
 from lightning_unfreeze.features.writer import FeatureWriter
 
 Named = namedtuple("Named", ["picture", "label"])

@@ -14,7 +14,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from lightning_unfreeze.inside_lightning.loaders import fresh_batches
+from lightning_unfreeze.inside_lightning.loaders import (
+    fresh_batches,
+    own_batch_sampler,
+    process_loaders,
+    process_no_loaders,
+)
 from tests.conftest import loader, quiet_trainer, random_images
 
 
@@ -213,3 +218,31 @@ def test_fresh_batches__combine_as_in_training() -> None:
     seen, (drawn, _) = seen_by(CombinedLoader(loaders, "max_size_cycle"), 6)
     labels = [{side: part[1].tolist() for side, part in batch.items()} for batch in seen]
     assert [{side: part[1].tolist() for side, part in batch.items()} for batch, _ in drawn] == labels[:3] * 2
+
+
+class KeepsBatchSampler(Sees):
+    """Notes, in a `predict`, what Lightning has put in the place of the user's batch sampler."""
+
+    def predict_step(self, batch: Any, batch_idx: int) -> None:
+        own = self.trainer.predict_dataloaders
+        self.seen.append((type(own.batch_sampler).__name__, list(own_batch_sampler(own))))
+
+
+def test_own_batch_sampler__is_the_users_in_predict():
+    module, data = KeepsBatchSampler(), DataLoader(random_images(5, seed=0), batch_size=2)
+    quiet_trainer([]).predict(module, data)
+    assert module.seen == [("_IndexBatchSamplerWrapper", [[0, 1], [2, 3], [4]])] * 3
+    assert own_batch_sampler(data) is data.batch_sampler
+
+
+def test_process_loaders__steps_of_several_owners_come_and_go_on_their_own():
+    trainer, loaded = quiet_trainer([]), DataLoader(random_images(5, seed=0))
+    before = trainer.strategy.process_dataloader(loaded)
+    process_loaders(trainer, "one", lambda given: [given])
+    process_loaders(trainer, "two", lambda given: (given, 2))
+    assert trainer.strategy.process_dataloader(loaded) == ([before], 2)
+    process_no_loaders(trainer, "one")
+    process_no_loaders(trainer, "one")
+    assert trainer.strategy.process_dataloader(loaded) == (before, 2)
+    process_no_loaders(trainer, "two")
+    assert "process_dataloader" not in vars(trainer.strategy)

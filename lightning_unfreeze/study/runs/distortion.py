@@ -14,9 +14,10 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_unfreeze.inside_lightning.sandbox import in_eval_mode, sandbox
+from lightning_unfreeze.inside_lightning.sandbox import sandbox
 from lightning_unfreeze.inside_lightning.steps import batch_on_device, step_output
 from lightning_unfreeze.layers.groups import layer_groups
+from lightning_unfreeze.layers.modes import in_eval_mode
 
 _PLACES: dict[int, tuple[int, ...]] = {2: (), 3: (1,), 4: (2, 3)}
 """Dimensions of places by number of dimensions: `(N, C)`, tokens `(N, T, C)`, maps `(N, C, H, W)`."""

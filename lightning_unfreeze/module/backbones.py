@@ -24,7 +24,7 @@ from timm.models import (
 )
 from torch import nn
 
-import lightning_unfreeze.digits_resnet  # noqa: F401  (registers the demo's backbone with timm)
+import lightning_unfreeze.module.digits_resnet  # noqa: F401  (registers the demo's backbone with timm)
 from lightning_unfreeze.layers.families import HEAD
 from lightning_unfreeze.layers.groups import layer_groups
 from lightning_unfreeze.seeding import kept_rng

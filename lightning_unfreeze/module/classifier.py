@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -16,21 +17,21 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchvision.transforms import v2
 
-from lightning_unfreeze.classifier.backbones import build_network
-from lightning_unfreeze.classifier.knowledge import (
-    check_known,
-    input_differences,
-    plain_config,
-    shown,
-    versions,
-)
-from lightning_unfreeze.classifier.tasks import MultiLabel, SingleLabel, Task, TaskName, batch_of
 from lightning_unfreeze.data.datasets import ImageDataset
 from lightning_unfreeze.data.images import Reading
 from lightning_unfreeze.data.transforms import make_transform
 from lightning_unfreeze.layers.families import HEAD
 from lightning_unfreeze.layers.groups import layer_groups
 from lightning_unfreeze.layers.param_groups import decay_groups
+from lightning_unfreeze.module.backbones import build_network
+from lightning_unfreeze.module.knowledge import (
+    check_known,
+    input_differences,
+    plain_config,
+    shown,
+    versions,
+)
+from lightning_unfreeze.module.tasks import MultiLabel, SingleLabel, Task, TaskName, batch_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -217,12 +218,18 @@ class TransferClassifier(pl.LightningModule):
         num_images = getattr(datamodule, "num_train_images", None) or sum(counts)
         return self.task.balanced_weights(list(counts), num_images).to(self.device)
 
+    def _attached_to(self) -> pl.Trainer | None:
+        with suppress(RuntimeError):  # Lightning's, outside of a run
+            return self.trainer
+        return None
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the class names and the input; the weights are in the checkpoint, so nothing is loaded again."""
         checkpoint["class_names"] = self.class_names
         checkpoint["versions"] = versions()
-        datamodule: Any = getattr(self._trainer, "datamodule", None)
-        fits = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        trainer = self._attached_to()
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        fits = trainer is not None and trainer.state.fn == TrainerFn.FITTING
         if fits and hasattr(datamodule, "data_config"):
             self._data_config |= plain_config(datamodule.data_config)
             self._knows_its_input = True
@@ -238,8 +245,9 @@ class TransferClassifier(pl.LightningModule):
         if "versions" in checkpoint:  # 0.1.0 kept no input
             self._data_config |= checkpoint["hyper_parameters"]["data_config"] or {}
             self._knows_its_input = True
-        datamodule: Any = getattr(self._trainer, "datamodule", None)
-        if self._trainer is not None and self._trainer.state.fn != TrainerFn.PREDICTING:
+        trainer = self._attached_to()
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        if trainer is not None and trainer.state.fn != TrainerFn.PREDICTING:
             if known is not None and getattr(datamodule, "class_names", None) is not None:
                 self._meet(known, datamodule, is_loaded=True)
             elif hasattr(datamodule, "num_classes"):

@@ -13,13 +13,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_unfreeze.classifier.tasks import MultiLabel, SingleLabel
 from lightning_unfreeze.data.digits import DigitsData
 from lightning_unfreeze.data.modules import ImageFolderData
-from lightning_unfreeze.digits_resnet import WEIGHTS
 from lightning_unfreeze.module import TransferClassifier
+from lightning_unfreeze.module.digits_resnet import WEIGHTS
+from lightning_unfreeze.module.tasks import MultiLabel, SingleLabel
 
-MOBILENET = Path(__file__).parents[1] / "../shared/data/weights/mobilenetv2_035.keras_in1k.safetensors"
+MOBILENET = Path(__file__).parents[2] / "../shared/data/weights/mobilenetv2_035.keras_in1k.safetensors"
 
 
 class Logits(torch.nn.Module):
@@ -603,7 +603,7 @@ def test_pretrained__out_of_reach_is_said_before_any_retry(
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args: None)
-    monkeypatch.setattr("lightning_unfreeze.classifier.backbones._answers", lambda url: False)
+    monkeypatch.setattr("lightning_unfreeze.module.backbones._answers", lambda url: False)
     with pytest.raises(ValueError, match=r"not on this machine.*does not answer.*--model.pretrained FILE") as error:
         TransferClassifier(backbone, 3)
     assert "\n" not in str(error.value)
@@ -613,7 +613,7 @@ def test_answers__tells_a_host_from_none() -> None:
     import http.server
     import threading
 
-    from lightning_unfreeze.classifier.backbones import _answers
+    from lightning_unfreeze.module.backbones import _answers
 
     class Refuses(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:

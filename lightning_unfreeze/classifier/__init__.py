@@ -1,1 +1,0 @@
-"""The parts of `TransferClassifier`: its network, its task, what it knows of its data, and its ways out."""

@@ -1,0 +1,61 @@
+"""The stores that one fit has open: of the present stage, and of stages before it."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from lightning_unfreeze.features.fill import FeaturePass, StoredData
+
+
+class OpenStores(dict[str, StoredData]):
+    """The stores of the present stage, by `"train"` and `"val"`; at most one shortcut is on the network at a time.
+
+    Attributes:
+        earlier: Of stages before, the newest first: a boundary that lies behind one of theirs starts from its features.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.earlier: list[StoredData] = []
+
+    def open_for(self, split: str, batch: Any, suspects: str) -> None:
+        """Has the network take the features of this batch, until `close`.
+
+        Args:
+            split: Whose batch it is.
+            batch: As the step gets it, with what stands in for the images.
+            suspects: Who may have changed it on the way, for the error.
+        """
+        stored = self[split]
+        stored.prefix.remove()  # a batch that another callback skipped had no end
+        stored.prefix.suspects = suspects
+        stored.prefix.install(stored.data.form.images(batch))
+
+    def close(self, split: str) -> None:
+        """Has the network take images again; harmless where it does."""
+        if split in self:
+            self[split].prefix.remove()
+
+    def set_aside(self) -> ExitStack:
+        """A context without the shortcuts: a validation loader may be asked for while that of training is open."""
+        with ExitStack() as stack:
+            for stored in self.values():
+                stack.enter_context(stored.prefix.set_aside())
+            return stack.pop_all()
+
+    def end_stage(self) -> None:
+        """The present ones are earlier ones from here on."""
+        for split in self:
+            self.close(split)
+        self.earlier = [*self.values(), *self.earlier]
+        self.clear()
+
+    def before(self, work: FeaturePass) -> StoredData | None:
+        """The newest earlier store that a pass can start from. A collective call."""
+        return next((one for one in self.earlier if work.follows(one)), None)
+
+    def directories(self) -> list[Path]:
+        """Of all of them: what is in use is not to be pruned."""
+        return [one.store.directory for one in [*self.values(), *self.earlier]]
