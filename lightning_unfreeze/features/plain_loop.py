@@ -22,7 +22,7 @@ from lightning_unfreeze.features.layout import StoreDtype
 from lightning_unfreeze.features.patches import untouched
 from lightning_unfreeze.features.prefix import FrozenPrefix
 from lightning_unfreeze.features.search import find_prefix, verify
-from lightning_unfreeze.features.serve import FeatureDataset
+from lightning_unfreeze.features.serve import FeatureDataset, as_it_is
 from lightning_unfreeze.features.viewed import ViewedData, check_loader, plain_dataset, view_data
 from lightning_unfreeze.layers.modes import kept_modes
 
@@ -124,7 +124,7 @@ class CachedBatches:
         user, prefix = self._stored.data.loader, self._stored.prefix
         rows: Any = user.sampler if user.batch_sampler is None else user.batch_sampler
         # draws what the user's loader would draw, from the same generator
-        own = DataLoader(self._dataset, None, sampler=rows, generator=user.generator, collate_fn=_as_it_is)
+        own = DataLoader(self._dataset, None, sampler=rows, generator=user.generator, collate_fn=as_it_is)
         for batch in own:
             features = batch.packed.to(self._source.host.device)
             yield self._stored.data.form.join(prefix.stand_in(features), batch.beside)
@@ -237,7 +237,3 @@ def _is_named(parameter: str, pattern: str) -> bool:
 
 def _on(batch: Any, device: torch.device) -> Any:
     return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch

@@ -60,7 +60,8 @@ class ViewBatches(Dataset[Any]):
         return len(self.views[0])
 
 
-def _as_it_is(batch: Any) -> Any:
+def as_it_is(batch: Any) -> Any:
+    """The collate function of what comes in whole batches."""
     return batch
 
 
@@ -74,7 +75,7 @@ def view_batches(data: ViewedData, view: int, rows: Tensor) -> Iterator[tuple[Te
         ViewBatches(data.loader, data.views, data.seed, view),
         batch_size=None,
         sampler=_Lists([part.tolist() for part in parts]),
-        collate_fn=_as_it_is,
+        collate_fn=as_it_is,
         num_workers=0 if few else data.loader.num_workers,
         worker_init_fn=data.loader.worker_init_fn,
         multiprocessing_context=None if few else data.loader.multiprocessing_context,
@@ -180,7 +181,7 @@ def feature_loader(
     it is the same training.
     """
     in_memory = isinstance(dataset, FeatureDataset) and isinstance(dataset.store, ResidentStore)
-    reading: dict[str, Any] = {"pin_memory": loader.pin_memory and not in_memory, "collate_fn": _as_it_is}
+    reading: dict[str, Any] = {"pin_memory": loader.pin_memory and not in_memory, "collate_fn": as_it_is}
     if isinstance(dataset, ViewBatches):
         reading |= {
             "num_workers": loader.num_workers,

@@ -1,4 +1,4 @@
-"""Callbacks and optimizers that a plan cannot run beside, each with what to do."""
+"""What a plan or a callback of ours cannot run beside: each is a MisconfigurationException that says what to do."""
 
 from __future__ import annotations
 
@@ -22,15 +22,7 @@ _ADAMS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RA
 
 
 def refuse_clashing_callbacks(trainer: pl.Trainer, plan: Callback) -> None:
-    """Refuses callbacks of Lightning's and of others that write what the owner of the plan writes.
-
-    Args:
-        trainer: Its callbacks are looked at.
-        plan: The owner of the plan.
-
-    Raises:
-        MisconfigurationException: Naming the callback, and what to do.
-    """
+    """Refuses callbacks of Lightning's and of others that write what the owner of the plan writes."""
     for other in trainer.callbacks:  # type: ignore[attr-defined]
         reason = None
         if isinstance(other, type(plan)) and other is not plan:
@@ -46,11 +38,7 @@ def refuse_clashing_callbacks(trainer: pl.Trainer, plan: Callback) -> None:
 
 
 def refuse_foreign_trainer(trainer: object) -> None:
-    """Refuses the Trainer of `pytorch_lightning`, whose classes are other ones.
-
-    Raises:
-        MisconfigurationException: Saying where to import from.
-    """
+    """Refuses the Trainer of `pytorch_lightning`, whose classes are other ones."""
     if not isinstance(trainer, pl.Trainer):
         raise MisconfigurationException(
             f"GradualUnfreeze needs lightning.pytorch.Trainer, got {type(trainer).__module__}.Trainer; "
@@ -59,11 +47,7 @@ def refuse_foreign_trainer(trainer: object) -> None:
 
 
 def refuse_manual_optimization(pl_module: pl.LightningModule) -> None:
-    """Refuses a module that steps its optimizers itself.
-
-    Raises:
-        MisconfigurationException: Saying so.
-    """
+    """Refuses a module that steps its optimizers itself."""
     if not pl_module.automatic_optimization:
         raise MisconfigurationException(
             "stages need automatic optimization; the module sets automatic_optimization=False"
@@ -71,11 +55,7 @@ def refuse_manual_optimization(pl_module: pl.LightningModule) -> None:
 
 
 def refuse_search_on_resume(trainer: pl.Trainer) -> None:
-    """Refuses `BatchSizeFinder` in a fit that goes on from a checkpoint: Lightning (2.6) then forgets where it stood.
-
-    Raises:
-        MisconfigurationException: Saying where the search belongs.
-    """
+    """Refuses `BatchSizeFinder` in a fit that goes on from a checkpoint: Lightning (2.6) forgets where it stood."""
     if any(isinstance(callback, BatchSizeFinder) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         raise MisconfigurationException(
             "BatchSizeFinder in a resumed fit has Lightning start from step 0; search in the first fit, set the size "
@@ -84,11 +64,7 @@ def refuse_search_on_resume(trainer: pl.Trainer) -> None:
 
 
 def refuse_clashing_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Refuses an optimizer that stages cannot drive.
-
-    Raises:
-        MisconfigurationException: Naming its class.
-    """
+    """Refuses an optimizer that stages cannot drive."""
     if not optimizer.param_groups or not all("lr" in group for group in optimizer.param_groups):
         raise MisconfigurationException(
             f"stages set learning rates, and {type(optimizer).__name__} has none; `configure_optimizers` has to "
@@ -101,11 +77,7 @@ def refuse_clashing_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 
 def refuse_scheduler_by_step(trainer: pl.Trainer, option: str) -> None:
-    """Refuses a scheduler of the module's that counts steps, where `option` changes their number.
-
-    Raises:
-        MisconfigurationException: Naming both.
-    """
+    """Refuses a scheduler of the module's that counts steps, where `option` changes their number."""
     by_step = [config.scheduler for config in trainer.lr_scheduler_configs if config.interval == "step"]
     if by_step:
         raise MisconfigurationException(
@@ -116,11 +88,7 @@ def refuse_scheduler_by_step(trainer: pl.Trainer, option: str) -> None:
 
 
 def refuse_other_max_epochs(trainer: pl.Trainer, num_stages: int, planned: int) -> None:
-    """Refuses a `max_epochs` that was given and is not that of the plan.
-
-    Raises:
-        MisconfigurationException: With both numbers.
-    """
+    """Refuses a `max_epochs` that was given and is not that of the plan."""
     if trainer.max_epochs not in (None, -1, _LIGHTNING_DEFAULT_EPOCHS, planned):
         raise MisconfigurationException(
             f"Trainer(max_epochs={trainer.max_epochs}), but the {num_stages} stages last {planned} epochs; leave "
@@ -129,11 +97,7 @@ def refuse_other_max_epochs(trainer: pl.Trainer, num_stages: int, planned: int) 
 
 
 def refuse_other_rate_writers(trainer: pl.Trainer) -> None:
-    """Refuses callbacks that write learning rates beside `CosineRestarts`, or change the steps that it counts.
-
-    Raises:
-        MisconfigurationException: Naming the callback, and what to do.
-    """
+    """Refuses callbacks that write learning rates beside `CosineRestarts`, or change the steps that it counts."""
     for other in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(other, LearningRateFinder | StochasticWeightAveraging):
             raise MisconfigurationException(
@@ -147,11 +111,7 @@ def refuse_other_rate_writers(trainer: pl.Trainer) -> None:
 
 
 def refuse_other_optimizers(trainer: pl.Trainer, momentum: tuple[float, float] | None) -> None:
-    """Refuses a scheduler of the module's, several optimizers, and a momentum that there is not to cycle.
-
-    Raises:
-        MisconfigurationException: With what to do.
-    """
+    """Refuses a scheduler of the module's, several optimizers, and a momentum that there is not to cycle."""
     schedulers = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
     if schedulers:
         raise MisconfigurationException(
@@ -170,11 +130,7 @@ def refuse_other_optimizers(trainer: pl.Trainer, momentum: tuple[float, float] |
 
 
 def refuse_without_folder(trainer: pl.Trainer, asked: str) -> None:
-    """Refuses what is saved beside the checkpoints where there is no such place; `asked` begins the message.
-
-    Raises:
-        MisconfigurationException: With what to do.
-    """
+    """Refuses what is saved beside the checkpoints where there is no such place; `asked` begins the message."""
     if report_dir(trainer) is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         raise MisconfigurationException(
             f"{asked} saves beside the checkpoints, and this Trainer has neither checkpoints nor a logger; set "
@@ -183,11 +139,7 @@ def refuse_without_folder(trainer: pl.Trainer, asked: str) -> None:
 
 
 def refuse_without_validation(trainer: pl.Trainer, asked: str) -> None:
-    """Refuses what judges by validation where there is none; `asked` begins the message.
-
-    Raises:
-        MisconfigurationException: With what to do.
-    """
+    """Refuses what judges by validation where there is none; `asked` begins the message."""
     if trainer.barebones:
         raise MisconfigurationException(
             f"{asked} judges by validation, and Trainer(barebones=True) logs nothing; leave one of the two out"
@@ -200,11 +152,7 @@ def refuse_without_validation(trainer: pl.Trainer, asked: str) -> None:
 
 
 def refuse_without_validation_at_epoch_end(trainer: pl.Trainer, asked: str) -> None:
-    """Refuses what judges at the end of every epoch where validation comes at other times, once batches are known.
-
-    Raises:
-        MisconfigurationException: With the Trainer's settings.
-    """
+    """Refuses what judges at the end of every epoch where validation comes at other times, once batches are known."""
     every_epochs, every_batches = trainer.check_val_every_n_epoch, trainer.val_check_batch
     if every_epochs != 1 or not every_batches or trainer.num_training_batches % every_batches:
         raise MisconfigurationException(

@@ -22,11 +22,11 @@ from lightning_unfreeze.reporting import (
     table_of,
     write_csv,
 )
+from lightning_unfreeze.stages.until import direction
 
 _CURVE_POINTS_PER_EPOCH = 50
 _VALIDATION = re.compile(r"(^|[/_.-])(val|valid|validation|eval|dev)([/_.-]|$)", re.IGNORECASE)
 _PREFERRED = ("acc", "f1", "auc", "loss")
-_LESS_IS_BETTER = ("loss", "err", "mae", "mse", "nll", "ece", "perplexity")
 
 
 class StageJournal:
@@ -145,4 +145,4 @@ def _preference(name: str) -> int:
 
 def _lower_is_better(trainer: pl.Trainer, metric: str) -> bool:
     modes = [mode for monitor, mode in _watched(trainer) if monitor == metric and mode in ("min", "max")]
-    return modes[0] == "min" if modes else any(part in metric.lower() for part in _LESS_IS_BETTER)
+    return modes[0] == "min" if modes else direction(metric) == "min"

@@ -13,8 +13,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 Mode = Literal["min", "max"]
 
 _VALIDATION = {"val", "valid", "validation", "eval"}
-_MORE_IS_BETTER, _LESS_IS_BETTER = ("acc", "f1", "auc", "auroc"), ("loss", "error")
-_MORE_WORDS, _LESS_WORDS = {"iou", "miou", "map", "precision", "recall", "kappa"}, {"nll", "ce", "mse", "rmse", "mae"}
+_MORE_IS_BETTER, _LESS_IS_BETTER = ("acc", "f1", "auc", "auroc"), ("loss", "error", "perplexity")
+_MORE_WORDS, _LESS_WORDS = (
+    {"iou", "miou", "map", "precision", "recall", "kappa"},
+    {"err", "nll", "ce", "ece", "mse", "rmse", "mae"},
+)
 
 
 def direction(name: str) -> Mode | None:
