@@ -223,9 +223,10 @@ def test_fresh_batches__combine_as_in_training() -> None:
 class KeepsBatchSampler(Sees):
     """Notes, in a `predict`, what Lightning has put in the place of the user's batch sampler."""
 
-    def predict_step(self, batch: Any, batch_idx: int) -> None:
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
         own = self.trainer.predict_dataloaders
         self.seen.append((type(own.batch_sampler).__name__, list(own_batch_sampler(own))))
+        return batch
 
 
 def test_own_batch_sampler__is_the_users_in_predict():
