@@ -225,14 +225,15 @@ class KeepsBatchSampler(Sees):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         own = self.trainer.predict_dataloaders
-        self.seen.append((type(own.batch_sampler).__name__, list(own_batch_sampler(own))))
+        kinds = (type(own.batch_sampler).__name__, type(own_batch_sampler(own)).__name__)
+        self.seen.append((*kinds, list(own_batch_sampler(own))))
         return batch
 
 
 def test_own_batch_sampler__is_the_users_in_predict():
     module, data = KeepsBatchSampler(), DataLoader(random_images(5, seed=0), batch_size=2)
     quiet_trainer([]).predict(module, data)
-    assert module.seen == [("_IndexBatchSamplerWrapper", [[0, 1], [2, 3], [4]])] * 3
+    assert module.seen == [("_IndexBatchSamplerWrapper", "BatchSampler", [[0, 1], [2, 3], [4]])] * 3
     assert own_batch_sampler(data) is data.batch_sampler
 
 
