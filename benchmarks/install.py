@@ -30,8 +30,6 @@ STATEMENTS = (
     "from lightning_unfreeze import Stage",
     "from lightning_unfreeze import layer_groups",
     "from lightning_unfreeze import GradualUnfreeze",
-    "from lightning_unfreeze import nine_steps",
-    "from lightning_unfreeze import *",
 )
 
 

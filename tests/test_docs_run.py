@@ -1,0 +1,100 @@
+"""What the documentation shows runs as it stands: its Python on the digits, its commands on a folder of photos."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+
+from lightning_unfreeze import DigitsData, TransferClassifier
+from lightning_unfreeze.cli import main
+from tests.test_cli import photos
+from tests.test_docs import PAGES
+
+ELSEWHERE = {"clusters": "needs a cluster", "study": "takes minutes; notebooks/03 runs one"}
+WITHOUT_WEIGHTS = ["--model.backbone=test_resnet", "--model.pretrained=false"]
+TINY = [*WITHOUT_WEIGHTS, "--data.image_size_px=32", "--data.num_workers=0", "--trainer.enable_progress_bar=false"]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+def commands() -> list[str]:
+    """Lines that call the command, each once; what stands behind it in a comment, or `&`, is taken off."""
+    text = "\n".join(block for page in PAGES for block in blocks(page, "bash")).replace("\\\n", " ")
+    lines = (shlex.join(shlex.split(line.rstrip(" &"), comments=True)) for line in text.splitlines())
+    return sorted({line for line in lines if line.startswith("lightning-unfreeze ")})
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a fit on photos has been, with the files that the pages name."""
+    folder = tmp_path_factory.mktemp("workplace")
+    photos(folder / "photos")
+    (folder / "more_photos").mkdir()
+    for name in ("photo.jpg", "more_photos/another.jpg"):
+        shutil.copy(folder / "photos" / "val" / "ants" / "0.jpg", folder / name)
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        fit = ["fit", "--config", "configs/fine_tune.yaml", "--data.root=photos", "--model.num_classes=2"]
+        main([*fit, *TINY, "--stage.full.cycle_len", "1", "--stage.full.lr", "1e-3"])
+    finally:
+        os.chdir(before)
+    version = folder / "runs" / "fine_tune" / "version_0"
+    for name in ("last.ckpt", "runs/nine_steps/version_0/checkpoints/last.ckpt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(version / "checkpoints" / "last.ckpt", folder / name)
+    for name in ("own.yaml", "runs/nine_steps/version_0/config.yaml"):
+        shutil.copy(version / "config.yaml", folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if blocks(page, "python") and page.stem not in ELSEWHERE],
+    ids=lambda page: page.stem,
+)
+def test_python__runs_as_it_stands(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a page one after the other; what a page calls yours is there."""
+    monkeypatch.chdir(workplace)
+    pl.seed_everything(0)
+    names: dict[str, Any] = {
+        "__name__": "__main__",
+        "your_module": TransferClassifier("digits_resnet", num_classes=5),
+        "your_datamodule": DigitsData(train_per_class=20, batch_size=10),
+    }
+    for text in blocks(page, "python"):
+        exec(compile(text, str(page), "exec"), names)
+
+
+@pytest.mark.parametrize("line", [line for line in commands() if not re.search(r"unfreeze (study|rank) ", line)])
+def test_command__is_taken(
+    line: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Commands that read a checkpoint run; of the others the options are read, and the config is printed."""
+    monkeypatch.chdir(workplace)
+    command, *options = shlex.split(line)[1:]
+    if command == "explain" or command == "export" or (command == "predict" and "--config" not in options):
+        main([command, *options])
+        return
+    if ".help" in line:
+        with pytest.raises(SystemExit) as stop:
+            main([command, *options])
+    else:
+        with pytest.raises(SystemExit) as stop:  # `plan` and `lr-find` take what `fit` takes
+            main(["fit" if command in ("plan", "lr-find") else command, *options, "--print_config"])
+    assert stop.value.code == 0, capsys.readouterr().err
+    assert capsys.readouterr().out.strip()
+
+
+def test_commands__are_found() -> None:
+    assert {line.split()[1] for line in commands()} >= {"fit", "plan", "predict", "explain", "export", "rank", "study"}
