@@ -137,6 +137,8 @@ def test_best_weights__restored_are_what_module_metrics_and_views_speak_of(tmp_p
     assert loss_of(weights_of(module)) == pytest.approx(lowest, rel=1e-5)
     assert same_weights(weights_of(module), torch.load(best.best_path, weights_only=True)["state_dict"]) == []
     assert float(trainer.callback_metrics["val_loss"]) == pytest.approx(lowest, rel=1e-5)
+    (row,) = best.closing_rows(trainer, module)
+    assert row["file"] == f"in memory, {best.best_path}"
     found = views.results["val"]
     (logged,) = quiet_trainer([TTAEval()]).validate(module, data[1], verbose=False)
     assert found.metrics["val_nll_plain"] == pytest.approx(lowest, rel=1e-4)
