@@ -50,7 +50,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         os.chdir(before)
     version = folder / "runs" / "fine_tune" / "version_0"
-    for name in ("last.ckpt", "runs/nine_steps/version_0/checkpoints/last.ckpt"):
+    runs = "runs/nine_steps/version_0/checkpoints"
+    for name in ("last.ckpt", f"{runs}/last.ckpt", f"{runs}/best.ckpt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(version / "checkpoints" / "last.ckpt", folder / name)
     for name in ("own.yaml", "runs/nine_steps/version_0/config.yaml"):
