@@ -24,7 +24,8 @@ def nine_steps(
 ) -> list[Callback]:
     """The callbacks of the whole recipe, for `Trainer(callbacks=nine_steps())`.
 
-    The head is solved on stored features of four views an image, then trained on augmented images, then everything
+    The head is solved on stored features of four views an image (or trained on them, where it or the loss is of a kind
+    that cannot be solved, or the images cannot be stored), then trained on augmented images, then everything
     trains; a stage that makes nothing better gives back what it started from. At the end the module has the best of the
     weights along the path, by validation. `configs/nine_steps.yaml` is the same recipe for the command line; what the
     defaults rest on is in `docs/recipes.md`.
@@ -35,8 +36,8 @@ def nine_steps(
             pretraining data, 1/100 for data that is like it.
         max_cycles: Most cycles of the last stage, each twice as long as the one before; it ends when it over-fits.
         train_bn: Whether pretrained BatchNorm updates its statistics in layer groups that train.
-        head_epochs: None solves the head, which has to be linear; a number trains any head on stored features for that
-            long.
+        head_epochs: None solves the head where that can be done, else trains it for two epochs; a number always trains
+            it, for that long.
 
     >>> [stage.name for stage in nine_steps()[0].stages]
     ['head_on_features', 'head_augmented', 'full']
@@ -76,14 +77,14 @@ def fine_tune(
         epochs: Epochs in which everything trains.
         network: Attribute of the module that holds the network; None finds it.
         lr_span: Rate of the first layer group over that of the last.
-        head_epochs: None solves the head, which has to be linear; a number trains any head on stored features for that
-            long.
+        head_epochs: None solves the head where that can be done, else trains it for two epochs; a number always trains
+            it, for that long.
         lr: Peak rate of the last layer group in the cycle; None finds it.
         train_bn: Whether pretrained BatchNorm updates its statistics in layer groups that train.
 
     >>> head, full = fine_tune(5)[0].stages
     >>> head.solve, full.cycle_epochs
-    (True, [Fraction(5, 1)])
+    ('auto', [Fraction(5, 1)])
     """
     rate: float | Literal["find"] = "find" if lr is None else lr
     full = Stage("full", lr=rate, lr_span=lr_span, cycle_len=epochs)
@@ -92,7 +93,7 @@ def fine_tune(
 
 def _head(name: str, epochs: int | None) -> Stage:
     if epochs is None:
-        return Stage(name, train="head", precompute=True, solve=True)
+        return Stage(name, train="head", epochs=2, precompute=True, lr="find", solve="auto")
     return Stage(name, train="head", epochs=epochs, precompute=True, lr="find")
 
 

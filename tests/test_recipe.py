@@ -99,9 +99,9 @@ def test_nine_steps__take_their_numbers() -> None:
 def test_fine_tune__solves_or_trains_the_head_and_has_one_cycle() -> None:
     solved, trained = fine_tune(7)[0], fine_tune(7, head_epochs=3, lr=1e-3)[0]
     assert isinstance(solved, GradualUnfreeze) and isinstance(trained, GradualUnfreeze)
-    assert [(stage.train, stage.num_epochs) for stage in solved.stages] == [("head", 1), ("all", 7)]
+    assert [(stage.train, stage.num_epochs) for stage in solved.stages] == [("head", 2), ("all", 7)]
     assert [(stage.solve, stage.precompute, stage.lr) for stage in solved.stages] == [
-        (True, True, None),
+        ("auto", True, "find"),
         (False, False, "find"),
     ]
     assert [(stage.solve, stage.num_epochs, stage.lr) for stage in trained.stages] == [

@@ -181,6 +181,10 @@ class Conductor(Callback):
             self.progress = self.progress.enter()
         return run
 
+    def settle(self, trainer: pl.Trainer, *, solved: bool) -> StageRun:
+        """Told what the `solve="auto"` of the current stage comes to, before the stage is announced."""
+        return self.current_run(trainer)
+
     def make_ready(self, trainer: pl.Trainer, stage: Stage) -> None:
         """Sets what trains in `stage`."""
 

@@ -21,7 +21,7 @@ from lightning_unfreeze.callbacks.base import StageCallback, StageRun, conductor
 from lightning_unfreeze.features.batch_form import NoStoreError
 from lightning_unfreeze.features.estimate import estimate
 from lightning_unfreeze.features.fill import FeaturePass, StoredData, together
-from lightning_unfreeze.features.head_rows import NotLinearError, linear_head, solve_on_stores
+from lightning_unfreeze.features.head_rows import NotLinearError, linear_head, solve_on_stores, why_not_solved
 from lightning_unfreeze.features.host import Host
 from lightning_unfreeze.features.key import fingerprint_of, transform_fingerprint
 from lightning_unfreeze.features.layout import StoreDtype
@@ -156,6 +156,8 @@ class PrecomputeFeatures(StageCallback):
         loader, name = make(), run.stage.name
         if split == "train":
             self._look_ahead(trainer, run, loader)
+            if run.stage.solve == "auto" and (reason := _why_not_linear(trainer)):
+                run = self._settle(trainer, run, reason)
         if (run.planned and not run.stage.precompute) or (split == "val" and "train" not in self._stores):
             return loader
         if split == "val" and (isinstance(trainer.limit_val_batches, int) or trainer.limit_val_batches < 1):
@@ -170,13 +172,17 @@ class PrecomputeFeatures(StageCallback):
                 if self._decided.get(name) != "views":
                     stored = self._stored_data(trainer, host, run, data)
         except NoStoreError as reason:
-            if run.stage.solve and split == "train":
+            if run.stage.solve is True and split == "train":
                 raise _cannot_solve(run.stage, reason) from None
             prefix_found = isinstance(reason, _NotFilledError)
             data = data if prefix_found and split == "train" else None
             rank_zero_warn(f"stage {name!r} reads its {split} images as usual, without stored features: {reason}")
         if split == "train":
             self._decided[name] = "features" if stored is not None else "images" if data is None else "views"
+            if run.stage.solve == "auto":
+                head = linear_head(trainer.lightning_module, _trainable(trainer.lightning_module))
+                no_store = "its features are not stored"
+                run = self._settle(trainer, run, why_not_solved(host, head, stored) if stored else no_store)
         if stored is None and (data is None or split == "val"):
             return loader
         source: FeatureDataset | ViewBatches
@@ -194,6 +200,12 @@ class PrecomputeFeatures(StageCallback):
             self._source = source
             self._choose_view(trainer, run)
         return feature_loader(loader, source, self.cached_batch_size if split == "train" else None, self.seed)
+
+    def _settle(self, trainer: pl.Trainer, run: StageRun, reason: str) -> StageRun:
+        """Decides whether a stage with `solve="auto"` solves its head, or trains it for a reason, which is said."""
+        if reason:
+            rank_zero_info(f"stage {run.stage.name!r}: the head is trained, not solved: {reason}")
+        return conductor(trainer).settle(trainer, solved=not reason)
 
     def _stored_data(self, trainer: pl.Trainer, host: Host, run: StageRun, data: ViewedData) -> StoredData | None:
         """The store of the data, filled if need be; None if it would not pay.
@@ -296,13 +308,8 @@ class PrecomputeFeatures(StageCallback):
     def preflight(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stages: Sequence[Stage]) -> None:
         """Refuses to solve a head that is not linear; says what will read images where no fit would say it."""
         for stage in stages:
-            if stage.solve:
-                leading: Any = conductor(trainer)  # a plan's, which has layer groups
-                *_, head = leading.groups.values()
-                try:
-                    linear_head(pl_module, head.parameters())
-                except NotLinearError as reason:
-                    raise MisconfigurationException(f"stage {stage.name!r}, solve=True: {reason}") from None
+            if stage.solve is True and (reason := _why_not_linear(trainer)):
+                raise MisconfigurationException(f"stage {stage.name!r}, solve=True: {reason}")
         stored = [stage for stage in stages if stage.precompute]
         if stored and self._give_back is None:  # `plan` and `fast_dev_run`, which store nothing
             self._try_shortcuts(trainer, stored)
@@ -340,7 +347,7 @@ class PrecomputeFeatures(StageCallback):
     def on_stage_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
         """Solves the head of a stage that asks for it, if hooks left the frozen part as its features were stored."""
         self._check_frozen_part(stage)
-        if stage.solve and self.run is not None and not self.run.resumed and "train" in self._stores:
+        if stage.solve is True and self.run is not None and not self.run.resumed and "train" in self._stores:
             self._solve(trainer, pl_module, stage)
 
     def _solve(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
@@ -402,7 +409,7 @@ class PrecomputeFeatures(StageCallback):
         if self._give_back is not None and (self._stores or follows):
             ask_for_loaders_again(trainer)
         self._check_frozen_part(stage)
-        if stage.solve:  # its rates are 0, and the moments that its steps left are of no later use
+        if stage.solve is True:  # its rates are 0, and the moments that its steps left are of no later use
             for parameter in _trainable(pl_module):
                 trainer.optimizers[0].state.pop(parameter, None)
         self._leave_stage()
@@ -469,6 +476,17 @@ def _shortcut(trainer: pl.Trainer, host: Host, data: ViewedData, owners: list[An
     return together(host, lambda: find_shortcut(host, data))
 
 
+def _why_not_linear(trainer: pl.Trainer) -> str:
+    """Why the head of a plan cannot be solved, as far as its layers tell; empty where it can."""
+    leading: Any = conductor(trainer)  # a plan's, which has layer groups
+    *_, head = leading.groups.values()
+    try:
+        linear_head(trainer.lightning_module, head.parameters())
+    except NotLinearError as reason:
+        return str(reason)
+    return ""
+
+
 def _trainable(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
@@ -480,7 +498,7 @@ def _cannot_solve(stage: Stage, reason: NoStoreError) -> MisconfigurationExcepti
 
 
 def _say_it_will_read_images(stage: Stage, reason: NoStoreError) -> None:
-    if stage.solve:
+    if stage.solve is True:
         raise _cannot_solve(stage, reason) from None
     rank_zero_warn(f"stage {stage.name!r} will read its images as usual, without stored features: {reason}")
 

@@ -106,6 +106,7 @@ class GradualUnfreeze(Conductor):
                 f"freeze_below={freeze_below!r} has to lie in (0, 1]: a layer group's rate over the head's"
             )
         self.stages, self.network = list(stages), network
+        self._given_stages = tuple(stages)  # `stages` has what became of `solve="auto"`, too
         self.train_bn, self.on_plan_change = train_bn, on_plan_change
         self.scheduler, self.freeze_below, self.early_stopping = scheduler, freeze_below, early_stopping
         self.what_trains = WhatTrains(freeze_below=freeze_below)
@@ -132,7 +133,7 @@ class GradualUnfreeze(Conductor):
         self._modes.end()
         self._loaded, self._resume = None, None
         if trainer.current_epoch == 0 and trainer.global_step == 0:  # else the Trainer goes on where it was stopped
-            self.progress, self.journal = Progress(), StageJournal()
+            self.progress, self.journal, self.stages = Progress(), StageJournal(), list(self._given_stages)
         refuse_untested_strategy(trainer)
         refuse_sync_batchnorm(trainer, pl_module)
         refuse_manual_optimization(pl_module)
@@ -213,6 +214,12 @@ class GradualUnfreeze(Conductor):
             restaged=at.restaged,
             later=tuple(self.stages[at.index + 1 :]),
         )
+
+    def settle(self, trainer: pl.Trainer, *, solved: bool) -> StageRun:
+        """Has the current stage, with `solve="auto"`, solve its head or train it from here on."""
+        self.stages[self._index] = self.stages[self._index].settled(solved=solved)
+        trainer.fit_loop.max_epochs = self.progress.start_epoch + plan_epochs(self.stages[self._index :])
+        return self.current_run(trainer)
 
     @property
     def groups(self) -> dict[str, LayerGroup]:
@@ -439,6 +446,10 @@ class GradualUnfreeze(Conductor):
             raise MisconfigurationException(
                 f"the checkpoint's layer groups differ from the module's in {changed}; resume with the same module"
             )
+        for index, (stage, before) in enumerate(zip(self.stages, state["plan"], strict=False)):
+            if stage.solve == "auto":
+                became = [stage.settled(solved=solved) for solved in (True, False)]
+                self.stages[index] = next((one for one in became if asdict(one) == before), stage)
         self.progress = Progress.from_dict(state)
         self.journal.load_state_dict(state["journal"])
         try:

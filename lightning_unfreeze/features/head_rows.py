@@ -19,6 +19,7 @@ from lightning_unfreeze.features.serve import FeatureDataset
 from lightning_unfreeze.features.solve import HeadRows, Kind, Solution, solve_head
 
 _ROWS_AT_ONCE = 512
+_ROWS_TO_LOOK_AT = 8
 
 
 class NotLinearError(ValueError):
@@ -102,14 +103,27 @@ def solve_on_stores(host: Host, head: nn.Linear, stores: Mapping[str, StoredData
     return solve_head(train, val, num_classes=head.out_features, device=host.device), len(train.features)
 
 
-def _stored_rows(host: Host, head: nn.Linear, stored: StoredData) -> HeadRows:
+def why_not_solved(host: Host, head: nn.Linear, stored: StoredData) -> str:
+    """What `solve_on_stores` would refuse, from a look at a few rows; empty where it would solve. A collective call."""
+    with host.aside():
+        host.network.eval()
+        try:
+            together(host, partial(_stored_rows, host, head, stored, num_rows=_ROWS_TO_LOOK_AT))
+        except NoStoreError as reason:
+            return str(reason)
+    return ""
+
+
+def _stored_rows(host: Host, head: nn.Linear, stored: StoredData, num_rows: int | None = None) -> HeadRows:
+    """Of all views and rows, or of the first rows of one view."""
     dataset = FeatureDataset(stored.store, stored.data.form, stored.prefix)
 
     def batches() -> Iterator[Any]:
-        for view in range(dataset.num_views):
+        for view in range(dataset.num_views if num_rows is None else 1):
             dataset.view = view
-            for first in range(0, len(dataset), _ROWS_AT_ONCE):
-                rows = list(range(first, min(first + _ROWS_AT_ONCE, len(dataset))))
+            end = min(num_rows or len(dataset), len(dataset))
+            for first in range(0, end, _ROWS_AT_ONCE):
+                rows = list(range(first, min(first + _ROWS_AT_ONCE, end)))
                 yield dataset[rows].to(host.device).opened()
 
     try:

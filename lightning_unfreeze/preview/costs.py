@@ -100,7 +100,7 @@ class PlannedStage:
         }
 
     def _rate(self, name: str) -> str:
-        if self.stage.solve:
+        if self.stage.solve is True:
             return "solved"
         rate = f"{self.rates[name]:.3g}"
         if self.stage.lr != "find":
@@ -316,7 +316,7 @@ class _PlanProbe(Probe):
 
 
 def _schedule(stage: Stage) -> str:
-    if stage.solve:
+    if stage.solve is True:
         return "none"
     if stage.cycle_len is None:
         return f"constant{' until ' + stage.until if stage.until else ''}"

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 from lightning_unfreeze.stages.cycles import MAX_STAGE_EPOCHS, as_fraction, cycles_sum
 
 _PATIENCE_EPOCHS = 3
+_OF_TRAINING = ("lr", "lr_mult", "lr_span", "epochs", "cycle_len", "cycle_mult", "num_cycles", "until")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Stage:
             `1/9` is fast.ai's `[lr/9, lr/3, lr]` for data unlike the pretraining data, `1/100` for data like it.
         solve: Solve the head on the stored features (multinomial logistic regression) instead of training it. Such a
             stage has no rate and no length of its own: in its one epoch the solved head is scored and nothing moves.
+            `"auto"` solves it where that can be done, and trains it as the other options say where it cannot (a head
+            or a loss of another kind, images that cannot be stored); which of the two is said when the stage starts.
         patience_epochs: Epochs without improvement that end a stage with `until="plateau"`.
         image_size_px: Side of the images in this stage (progressive resizing: small images first), for a data module
             with `set_image_size(px)`; None for the size that the data has.
@@ -64,7 +67,7 @@ class Stage:
     num_cycles: int = 1
     until: Literal["overfit", "plateau"] | None = None
     lr_span: float | None = None
-    solve: bool = False
+    solve: bool | Literal["auto"] = False
     patience_epochs: int = _PATIENCE_EPOCHS
     image_size_px: int | None = None
 
@@ -72,9 +75,11 @@ class Stage:
         self._check_what_trains()
         self._check_rates()
         self._check_counts()
+        if self.solve not in (True, False, "auto"):
+            raise self._refuse(f"solve={self.solve!r} is not True, False or 'auto'")
         if self.solve:
             self._check_solved()
-        else:
+        if self.solve is not True:
             self._check_length()
             self._check_until()
 
@@ -134,11 +139,13 @@ class Stage:
     def _check_solved(self) -> None:
         if self.train != "head" or not self.precompute:
             raise self._refuse(
-                f"solve=True solves the head on stored features and needs train='head', precompute=True; got "
-                f"train={self.train!r}, precompute={self.precompute}"
+                f"solve={self.solve!r} solves the head on stored features and needs train='head', precompute=True; "
+                f"got train={self.train!r}, precompute={self.precompute}"
             )
+        if self.solve == "auto":
+            return
         untouched = {field.name: field.default for field in fields(self)}
-        for option in ("lr", "lr_mult", "lr_span", "epochs", "cycle_len", "cycle_mult", "num_cycles", "until"):
+        for option in _OF_TRAINING:
             if getattr(self, option) != untouched[option]:
                 raise self._refuse(
                     f"solve=True takes no rate and no length, got {option}={getattr(self, option)!r}; leave it out"
@@ -183,6 +190,15 @@ class Stage:
                 f"{self.num_epochs} epochs; allow more epochs, or less patience"
             )
 
+    def settled(self, *, solved: bool) -> Stage:
+        """What `solve="auto"` comes to: a stage that solves its head, or one that trains it.
+
+        >>> Stage("head", train="head", precompute=True, solve="auto", epochs=2).settled(solved=True).num_epochs
+        1
+        """
+        untouched: dict[str, Any] = {field.name: field.default for field in fields(self) if field.name in _OF_TRAINING}
+        return replace(self, solve=solved, **(untouched if solved else {}))
+
     @property
     def _cycles(self) -> str:
         return f"{self.num_cycles} cycles from cycle_len={self.cycle_len} with cycle_mult={self.cycle_mult}"
@@ -206,7 +222,7 @@ class Stage:
 
         1 for a solved stage: its head is validated, saved and reported as after any epoch, but nothing is trained.
         """
-        if self.solve:
+        if self.solve is True:
             return 1
         if self.epochs is not None:
             return self.epochs
@@ -225,7 +241,7 @@ class Stage:
         if self.until == "plateau":
             needs["until='plateau'"] = "CosineRestarts"
         if self.solve:
-            needs["solve=True"] = "PrecomputeFeatures"
+            needs[f"solve={self.solve!r}"] = "PrecomputeFeatures"
         return needs
 
 
@@ -271,7 +287,7 @@ def sets_rates(stages: Sequence[Stage]) -> bool:
     (False, True)
     """
     return any(
-        stage.lr is not None or stage.lr_mult != 1 or stage.lr_span is not None or stage.solve for stage in stages
+        stage.lr is not None or stage.lr_mult != 1 or stage.lr_span is not None or bool(stage.solve) for stage in stages
     )
 
 

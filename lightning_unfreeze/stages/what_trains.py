@@ -107,7 +107,7 @@ class WhatTrains:
             name = layer_group_of(group)
             peak = stage.lr * own if isinstance(stage.lr, float | int) else given_lr(group)
             # a solved head is scored by an epoch in which nothing moves
-            peaks.append(peak * ratios[name] if name in chosen and not stage.solve else 0.0)
+            peaks.append(peak * ratios[name] if name in chosen and stage.solve is not True else 0.0)
         return peaks
 
     def lowest_norm_rate(self, module: nn.Module, param_groups: Sequence[dict[str, Any]], stage: Stage) -> float:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_unfreeze.callbacks.precompute import PrecomputeFeatures
 from lightning_unfreeze.callbacks.restarts import CosineRestarts
@@ -99,6 +100,87 @@ def test_solved_stage__is_scikit_learns_head_at_the_ridge_that_it_names(
     assert float(told[2]) == pytest.approx(accuracy, abs=1e-3)
     assert float(trainer.callback_metrics["val_acc"]) == pytest.approx(accuracy, abs=1e-3)
     assert trainer.current_epoch == 1 and trainer.optimizers[0].state == {}
+
+
+# --- solved where that can be done -----------------------------------------------------------------------------------
+
+AUTO = Stage("head", train="head", epochs=2, precompute=True, lr=1e-2, solve="auto")
+
+
+class TwoLayers(Weighted):
+    def __init__(self) -> None:
+        super().__init__()
+        width = self.net.head[2].in_features  # type: ignore[index, union-attr]
+        self.net.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5), nn.Linear(5, 3))
+        self.head = self.net.head
+
+
+class SquaredError(Weighted):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.mse_loss(self.net(batch[0]), F.one_hot(batch[1], 3).float())
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(photos())
+
+
+def test_auto__solves_what_can_be_solved(tmp_path: Path) -> None:
+    heads = []
+    for stage in (AUTO, SOLVED):
+        torch.manual_seed(0)
+        module = Weighted()
+        trainer = fit(tmp_path, module, [stage, Stage("full", epochs=1, lr=1e-3)])
+        assert trainer.current_epoch == 2  # the solved stage has one epoch, whatever it would have as a trained one
+        heads.append(weights_of(module))
+    assert same_weights(*heads) == []
+
+
+@pytest.mark.filterwarnings("ignore:stage 'head' reads:UserWarning")
+@pytest.mark.parametrize(
+    ("kind", "streamed", "why"),
+    [
+        (TwoLayers, False, "is one linear layer"),
+        (SquaredError, False, "the step has to take one cross entropy"),
+        (Weighted, True, "its features are not stored"),
+    ],
+)
+def test_auto__trains_what_cannot_be_solved_and_says_why(
+    kind: type[Weighted], streamed: bool, why: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = []
+    for stage in (AUTO, AUTO.settled(solved=False)):
+        torch.manual_seed(0)
+        module = kind()
+        torch.manual_seed(7)
+        callbacks = [GradualUnfreeze([stage]), PrecomputeFeatures(tmp_path / "store", policy="always")]
+        trainer = quiet_trainer(callbacks, limit_train_batches=6)
+        with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+            train = DataLoader(Stream(), 8) if streamed else loader(photos(), shuffle=True)
+            trainer.fit(module, train, loader(photos(60, seed=1)))
+        assert trainer.current_epoch == 2
+        weights.append(weights_of(module))
+    assert same_weights(*weights) == []
+    assert re.search(rf"stage 'head': the head is trained, not solved: .*{why}", caplog.text)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
+@pytest.mark.parametrize(("kind", "num_files"), [(Weighted, 3), (TwoLayers, 4)])
+def test_auto__goes_on_from_a_checkpoint_as_it_was_decided(
+    kind: type[Weighted], num_files: int, tmp_path: Path
+) -> None:
+    plan = [AUTO, Stage("full", epochs=2, lr=1e-3)]
+    torch.manual_seed(0)
+    module = kind()
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    fit(tmp_path, module, plan, saver, trainer={"enable_checkpointing": True})
+    files = sorted(tmp_path.glob("*.ckpt"))
+    assert len(files) == num_files
+    for file in files[:-1]:
+        torch.manual_seed(0)
+        again = kind()
+        fit(tmp_path, again, plan, ckpt_path=file)
+        assert same_weights(weights_of(module), weights_of(again)) == [], file
 
 
 def test_solved_stage__smoothed_labels_are_solved_as_the_step_smooths_them(tmp_path: Path) -> None:
