@@ -91,7 +91,7 @@ def test_nine_steps__take_their_numbers() -> None:
     assert (conductor.network, conductor.train_bn) == ("model", True)
     full = conductor.stages[-1]
     assert (full.lr_span, full.num_epochs, full.until) == (1 / 100, 1, None)
-    assert [stage.num_epochs for stage in nine_steps(max_cycles=4)[0].stages] == [1, 3, 1 + 2 + 4 + 8]  # type: ignore[attr-defined]
+    assert [stage.num_epochs for stage in nine_steps(max_cycles=4)[0].stages] == [2, 3, 1 + 2 + 4 + 8]  # type: ignore[attr-defined]
     head = nine_steps(head_epochs=2)[0].stages[0]  # type: ignore[attr-defined]
     assert (head.solve, head.precompute, head.num_epochs, head.lr) == (False, True, 2, "find")
 
