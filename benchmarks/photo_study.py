@@ -2,35 +2,43 @@
 
     python benchmarks/photo_study.py --data /path/to/sets --weights /path/to/weights --out runs/photos
 
-`--data` holds one folder per set, in the form of `ImageFolderData`. Everything is a plain `study run` of
-`configs/study_photos.yaml` in a folder of its own: killed and started again, it goes on; several machines may share
-`--out`, or take a part each (`--shard 1/2`). At the end stands `study merge`, in `OUT/merged`.
+`--data` holds one folder per set, in the form of `ImageFolderData`. Every study has a folder of its own: killed and
+started again, this goes on; several machines may share `--out`, or take a part each (`--shard 1/2`). Arms come one
+after the other, each over all sets before the next one, and after each the finished studies are merged in
+`OUT/merged`: stopped at any time, it leaves whole answers.
+
+The defaults took about two hours of two quiet cores' time. `--backbones '[mobilenetv2_035, tf_efficientnet_lite0]'
+--per_class '[20, null]' --arms '[core, layer_decay@flops]' --shifts true --tuning_seeds 3` is the whole grid.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
+import torch
 from jsonargparse import auto_cli
 
-CONFIG = Path(__file__).parents[1] / "configs" / "study_photos.yaml"
-SETS = ("rsscn7", "flowers5", "dtd10", "monkeys10")
+from lightning_unfreeze import ImageFolderData, TransferClassifier
+from lightning_unfreeze.reporting import show
+from lightning_unfreeze.study import Study, merge_studies
+from lightning_unfreeze.study.design.arms import BatchNormPolicy
+
 WEIGHTS = {
     "mobilenetv2_035": "mobilenetv2_035.keras_in1k.safetensors",
     "tf_efficientnet_lite0": "tf_efficientnet_lite0.in1k.fp16.safetensors",
 }
 KERAS = {
-    "model.model_kwargs": "{pad_type: same, bn_eps: 0.001}",
-    "model.data_config": "{mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}",
+    "model_kwargs": {"pad_type": "same", "bn_eps": 0.001},
+    "data_config": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
 }
 """What Keras' weights of `mobilenetv2_035` want of timm's network."""
-AUGMENTATION = {"rsscn7": "top_down", "dtd10": "top_down"}
+TOP_DOWN = ("rsscn7", "dtd10")
 """Photos from the air and textures have no upper side; the others are taken from the side."""
 
 
@@ -40,12 +48,12 @@ class Cell:
 
     dataset: str
     backbone: str
-    batch_norm: str
+    batch_norm: BatchNormPolicy
     per_class: int | None
 
     @property
     def condition(self) -> str:
-        """What `study merge` tells apart."""
+        """What the merged report tells apart."""
         size = "all photos" if self.per_class is None else f"{self.per_class} a class"
         return f"{size}, BatchNorm {'trains' if self.batch_norm == 'train' else 'frozen'}"
 
@@ -55,21 +63,44 @@ class Cell:
         return "-".join((self.dataset, self.backbone, self.batch_norm, str(self.per_class or "all")))
 
 
-def classes_of(folder: Path) -> int:
-    """Return the number of classes of an image folder."""
-    return len([path for path in (folder / "train").iterdir() if path.is_dir()])
+def classifier(backbone: str, num_classes: int, weights: Path | None, pretrained: bool = True) -> TransferClassifier:
+    """Return the network, its weights laid out by channels: 1.5 times the speed on a CPU, the same results."""
+    file = str(weights / WEIGHTS[backbone]) if weights is not None and pretrained else pretrained
+    options = KERAS if weights is not None and backbone == "mobilenetv2_035" else {}
+    module = TransferClassifier(backbone, num_classes, pretrained=file, **options)
+    return module.to(memory_format=torch.channels_last)
+
+
+def photos(root: Path, image_size_px: int, pictures: Path) -> ImageFolderData:
+    """Return the photos of a set, each decoded once."""
+    return ImageFolderData(
+        str(root),
+        image_size_px=image_size_px,
+        batch_size=32,
+        augmentation="top_down" if root.name in TOP_DOWN else "side_on",
+        cache="disk",
+        cache_dir=str(pictures),
+    )
 
 
 def photo_study(
     data: Path,
     weights: Path | None = None,
     out: Path = Path("runs/photos"),
-    sets: Sequence[str] = SETS,
-    backbones: Sequence[str] = tuple(WEIGHTS),
-    batch_norm: Sequence[str] = ("train", "frozen"),
-    per_class: Sequence[int | None] = (20, None),
-    arguments: Sequence[str] = (),
-    command: str = "run",
+    sets: Sequence[str] = ("rsscn7", "dtd10", "flowers5", "monkeys10"),
+    backbones: Sequence[str] = ("mobilenetv2_035",),
+    batch_norm: Sequence[BatchNormPolicy] = ("train", "frozen"),
+    per_class: Sequence[int | None] = (20,),
+    arms: Sequence[str] = ("skip34@flops", "layer_decay@flops"),
+    seeds: int = 12,
+    tuning_seeds: int = 2,
+    lr_grid: Sequence[float] = (0.0003, 0.001, 0.003),
+    head_lr_grid: Sequence[float] = (0.001, 0.003, 0.01),
+    image_size_px: int = 96,
+    val_fraction: float = 0.1,
+    shifts: bool = False,
+    n_jobs: int = 1,
+    command: Literal["run", "plan"] = "run",
     shard: str | None = None,
 ) -> None:
     """Run every study of the grid that is not finished, and merge them.
@@ -80,52 +111,54 @@ def photo_study(
         out: Where to write; a folder per study, and `merged`.
         sets: Names of the sets, folders in `data`.
         backbones: timm's names.
-        batch_norm: Policies.
+        batch_norm: Policies, one after the other.
         per_class: Training images of a class; null takes all.
-        arguments: Further arguments of `lightning-unfreeze study run`, such as `--n_jobs=2`.
-        command: `run`, or `plan` to see what it takes.
+        arms: What is compared with `full9`, one after the other.
+        seeds: Paired seeds.
+        tuning_seeds: Seeds of the tuning.
+        lr_grid: Rates of AdamW that are tried.
+        head_lr_grid: Rates of the head's stages in the same trials.
+        image_size_px: Side of the images.
+        val_fraction: Share of the photos that validates, of those that are no test photos.
+        shifts: Score the test photos also under noise, low contrast, blur and brightness.
+        n_jobs: Runs at a time.
+        command: `plan` says what it takes and runs nothing.
         shard: `1/2` makes the first half of the runs of each study, and merges nothing.
     """
-    cells = [Cell(*values) for values in product(sets, backbones, batch_norm, per_class)]
-    # the small ones first: there is a first answer early, whatever happens to the rest
-    cells.sort(key=lambda cell: (cell.per_class is None, list(backbones).index(cell.backbone)))
-    start = time.monotonic()
-    for number, cell in enumerate(cells, start=1):
-        print(f"[{time.monotonic() - start:.0f} s] {number}/{len(cells)}: {cell.name}", flush=True)
-        classes = classes_of(data / cell.dataset)
-        size = "null" if cell.per_class is None else str(cell.per_class * classes)
-        pretrained = "true" if weights is None else str(weights / WEIGHTS[cell.backbone])
-        options = {
-            "dataset": cell.dataset,
-            "condition": cell.condition,
-            "batch_norm": cell.batch_norm,
-            "train_size": size,
-            "out": str(out / cell.name),
-            "data.root": str(data / cell.dataset),
-            "data.augmentation": AUGMENTATION.get(cell.dataset, "side_on"),
-            "model.backbone": cell.backbone,
-            "model.num_classes": str(classes),
-            "model.pretrained": pretrained,
-        }
-        if weights is not None and cell.backbone == "mobilenetv2_035":
-            options |= KERAS
-        if shard is not None:
-            options["shard"] = shard
-        given = [f"--{name}={value}" for name, value in options.items()]
-        study(command, "--config", str(CONFIG), *given, *arguments)
-    if command == "run" and shard is None:
-        study("merge", *(str(out / cell.name) for cell in cells), "--out", str(out / "merged"))
-
-
-def study(*arguments: str) -> None:
-    """Run a command of the study, which exits with its verdict.
-
-    Raises:
-        RuntimeError: If it failed; the same call goes on.
-    """
-    done = subprocess.run([sys.executable, "-m", "lightning_unfreeze", "study", *arguments])
-    if done.returncode not in (0, 3, 4, 5):
-        raise RuntimeError(f"study {arguments[0]} ended with {done.returncode}; started again, this goes on.")
+    start, merged = time.monotonic(), out / "merged"
+    # the small and quick ones first: there is a first answer early, whatever happens to the rest
+    for size, backbone, policy in product(sorted(per_class, key=lambda size: size is None), backbones, batch_norm):
+        for names in (arms[: count + 1] for count in range(len(arms))):
+            for dataset in sets:
+                cell = Cell(dataset, backbone, policy, size)
+                show(f"[{time.monotonic() - start:.0f} s] {cell.name}: {', '.join(names)}")
+                num_classes = sum(path.is_dir() for path in (data / dataset / "train").iterdir())
+                study = Study(
+                    functools.partial(classifier, backbone, num_classes, weights),
+                    functools.partial(photos, data / dataset, image_size_px, out / "pictures"),
+                    arms=names,
+                    seeds=seeds,
+                    out=out / cell.name,
+                    lr_grid=lr_grid,
+                    head_lr_grid=head_lr_grid,
+                    tuning_seeds=tuning_seeds,
+                    train_size=None if size is None else size * num_classes,
+                    val_fraction=val_fraction,
+                    batch_norm=policy,
+                    shifts=shifts,
+                    dataset=dataset,
+                    pretrained_on="ImageNet",
+                    condition=cell.condition,
+                    n_jobs=n_jobs,
+                    shard=shard,
+                )
+                for sentence in study.plan().sentences():
+                    show(sentence)
+                if command == "run":
+                    show(study.run().verdict().text)
+            finished = sorted(path.parent for path in out.glob("*/report"))
+            if command == "run" and shard is None and len(sets) > 1:
+                show(merge_studies([path for path in finished if path != merged], merged).text)
 
 
 if __name__ == "__main__":

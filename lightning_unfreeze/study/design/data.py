@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from typing import Any
 
 import lightning.pytorch as pl
@@ -109,17 +110,20 @@ class StudyData(pl.LightningDataModule):
         # not `dataset("train", ...)` itself: it holds the images of one split, and a seed mixes two
         augmented = make_transform(base.data_config, base.augmentation if self.augment else "none")
 
-        def chosen(indices: list[int], transform: Any) -> ImageDataset:
+        def chosen(indices: list[int], transform: Any, cache: Any) -> ImageDataset:
             return ImageDataset(
                 [images[index] for index in indices],
                 [targets[index] for index in indices],
                 transform,
                 test.reading,
+                cache,
             )
 
         self._num_drawn_from = len(images)
-        self._train: Any = chosen(self.train_indices, augmented)
-        self._val: Any = chosen(self.val_indices, parts[0].transform)
+        # augmented, photos of a validation folder are read anew: they are kept smaller than a random crop needs
+        self._train: Any = chosen(self.train_indices, augmented, parts[0].cache)
+        decoded: list[Any] = [part.cache for part in parts if part.cache is not None]
+        self._val: Any = chosen(self.val_indices, parts[0].transform, ChainMap(*decoded) if decoded else None)
         self._test: Any = test
         self._options = {"batch_size": base.batch_size, "num_workers": base.num_workers}
 
