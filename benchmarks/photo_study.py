@@ -89,7 +89,7 @@ def photo_study(
     out: Path = Path("runs/photos"),
     sets: Sequence[str] = ("rsscn7", "dtd10", "flowers5", "monkeys10"),
     backbones: Sequence[str] = ("mobilenetv2_035",),
-    batch_norm: Sequence[BatchNormPolicy] = ("train", "frozen"),
+    batch_norm: Sequence[BatchNormPolicy] = ("frozen", "train"),
     per_class: Sequence[int | None] = (20,),
     arms: Sequence[str] = ("skip34@flops", "layer_decay@flops"),
     seeds: int = 12,
