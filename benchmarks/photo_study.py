@@ -5,7 +5,7 @@
 `--data` holds one folder per set, in the form of `ImageFolderData`. Every study has a folder of its own: killed and
 started again, this goes on; several machines may share `--out`, or take a part each (`--shard 1/2`). Arms come one
 after the other, each over all sets before the next one, and after each the finished studies are merged in
-`OUT/merged`: stopped at any time, it leaves whole answers.
+`OUT/merged`: stopped at any time, it leaves whole answers. So does a first look at half of the seeds, which is planned.
 
 The defaults took about two hours of two quiet cores' time. `--backbones '[mobilenetv2_035, tf_efficientnet_lite0]'
 --per_class '[20, null]' --arms '[core, layer_decay@flops]' --shifts true --tuning_seeds 3` is the whole grid.
@@ -92,9 +92,9 @@ def photo_study(
     batch_norm: Sequence[BatchNormPolicy] = ("frozen", "train"),
     per_class: Sequence[int | None] = (20,),
     arms: Sequence[str] = ("skip34@flops", "layer_decay@flops"),
-    seeds: int = 12,
-    tuning_seeds: int = 2,
-    lr_grid: Sequence[float] = (0.0003, 0.001, 0.003),
+    looks: Sequence[int] = (6, 12),
+    tuning_seeds: int = 1,
+    lr_grid: Sequence[float] = (0.0001, 0.0003, 0.001),
     head_lr_grid: Sequence[float] = (0.001, 0.003, 0.01),
     image_size_px: int = 96,
     val_fraction: float = 0.1,
@@ -114,7 +114,8 @@ def photo_study(
         batch_norm: Policies, one after the other.
         per_class: Training images of a class; null takes all.
         arms: What is compared with `full9`, one after the other.
-        seeds: Paired seeds.
+        looks: Paired seeds at which the verdict is read; the last number is that of all. Every set comes to the first
+            look before one goes on to the next.
         tuning_seeds: Seeds of the tuning.
         lr_grid: Rates of AdamW that are tried.
         head_lr_grid: Rates of the head's stages in the same trials.
@@ -128,16 +129,17 @@ def photo_study(
     start, merged = time.monotonic(), out / "merged"
     # the small and quick ones first: there is a first answer early, whatever happens to the rest
     for size, backbone, policy in product(sorted(per_class, key=lambda size: size is None), backbones, batch_norm):
-        for names in (arms[: count + 1] for count in range(len(arms))):
+        for count, look in product(range(1, len(arms) + 1), looks):
             for dataset in sets:
                 cell = Cell(dataset, backbone, policy, size)
-                show(f"[{time.monotonic() - start:.0f} s] {cell.name}: {', '.join(names)}")
+                show(f"[{time.monotonic() - start:.0f} s] {cell.name}: {', '.join(arms[:count])} with {look} seeds")
                 num_classes = sum(path.is_dir() for path in (data / dataset / "train").iterdir())
                 study = Study(
                     functools.partial(classifier, backbone, num_classes, weights),
                     functools.partial(photos, data / dataset, image_size_px, out / "pictures"),
-                    arms=names,
-                    seeds=seeds,
+                    arms=arms[:count],
+                    seeds=looks[-1],
+                    looks=looks if len(looks) > 1 else None,
                     out=out / cell.name,
                     lr_grid=lr_grid,
                     head_lr_grid=head_lr_grid,
@@ -155,7 +157,7 @@ def photo_study(
                 for sentence in study.plan().sentences():
                     show(sentence)
                 if command == "run":
-                    show(study.run().verdict().text)
+                    show(study.run(look if len(looks) > 1 else None).verdict().text)
             finished = sorted(path.parent for path in out.glob("*/report"))
             if command == "run" and shard is None and len(sets) > 1:
                 show(merge_studies([path for path in finished if path != merged], merged).text)

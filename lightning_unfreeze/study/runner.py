@@ -319,13 +319,18 @@ class Study:
 
     # --- run -------------------------------------------------------------------------------------------------------
 
-    def run(self) -> StudyResult:
+    def run(self, until_look: int | None = None) -> StudyResult:
         """Make the runs that are not on disk yet, and return what all of them say.
 
+        Args:
+            until_look: One of the planned `looks`, to leave the rest to a later call.
+
         Raises:
-            ValueError: If the folder holds a study with other settings, or no run is finished.
+            ValueError: If the folder holds a study with other settings, no run is finished, or there is no such look.
             RuntimeError: When no worker is left to make the rest; what is finished is on disk.
         """
+        if until_look is not None and until_look not in self.looks:
+            raise ValueError(f"until_look={until_look} is none of the planned looks {list(self.looks)}.")
         if self.shard is not None:
             take_gpu(self.workers.runs_per_gpu)
         before = stored_study(self.out)
@@ -340,6 +345,8 @@ class Study:
         arms = [self._looked_at[0][name] for name in claimed.info.arms]
         for look in self.looks or (len(seeds),):
             self._compare(arms, seeds[:look], "runs")
+            if look == until_look:
+                break
             if self.shard is None and look < len(seeds) and self._decides():
                 rank_zero_info(f"the planned look at {look} seeds decides: the study ends here.")
                 break
