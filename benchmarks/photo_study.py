@@ -14,6 +14,8 @@ The defaults took about two hours of two quiet cores' time. `--backbones '[mobil
 from __future__ import annotations
 
 import functools
+import os
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,8 +28,10 @@ from jsonargparse import auto_cli
 
 from lightning_unfreeze import ImageFolderData, TransferClassifier
 from lightning_unfreeze.reporting import show
-from lightning_unfreeze.study import Study, merge_studies
+from lightning_unfreeze.study import Study, load_study, merge_studies
 from lightning_unfreeze.study.design.arms import BatchNormPolicy
+from lightning_unfreeze.study.show.report import facts_of
+from lightning_unfreeze.study.show.tables import arm_table
 
 WEIGHTS = {
     "mobilenetv2_035": "mobilenetv2_035.keras_in1k.safetensors",
@@ -102,6 +106,8 @@ def photo_study(
     n_jobs: int = 1,
     command: Literal["run", "plan"] = "run",
     shard: str | None = None,
+    page: Path = Path("benchmarks/results/photo_study.md"),
+    picture: Path = Path("docs/img/photo_study.png"),
 ) -> None:
     """Run every study of the grid that is not finished, and merge them.
 
@@ -125,8 +131,10 @@ def photo_study(
         n_jobs: Runs at a time.
         command: `plan` says what it takes and runs nothing.
         shard: `1/2` makes the first half of the runs of each study, and merges nothing.
+        page: Where the merged report goes.
+        picture: Where its picture goes.
     """
-    start, merged = time.monotonic(), out / "merged"
+    start = time.monotonic()
     # the small and quick ones first: there is a first answer early, whatever happens to the rest
     for size, backbone, policy in product(sorted(per_class, key=lambda size: size is None), backbones, batch_norm):
         for count, look in product(range(1, len(arms) + 1), looks):
@@ -158,9 +166,28 @@ def photo_study(
                     show(sentence)
                 if command == "run":
                     show(study.run(look if len(looks) > 1 else None).verdict().text)
-            finished = sorted(path.parent for path in out.glob("*/report"))
-            if command == "run" and shard is None and len(sets) > 1:
-                show(merge_studies([path for path in finished if path != merged], merged).text)
+                if command == "run" and shard is None:
+                    finish(out, page, picture)
+
+
+def finish(out: Path, page: Path, picture: Path) -> None:
+    """Merge the studies that have a report, and write the page of results with its picture."""
+    studies = [load_study(folder.parent) for folder in sorted(out.glob("*/report"))]
+    if len({study.info.dataset for study in studies}) < 2:
+        return
+    merged = merge_studies([folder.parent for folder in sorted(out.glob("*/report"))], out / "merged")
+    for path in (page, picture):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(out / "merged" / "effects.png", picture)
+    title, *rest = merged.text.replace("(effects.png)", f"({os.path.relpath(picture, page.parent)})").splitlines()
+    lines = ["# The study on photos", "", f"By `benchmarks/photo_study.py`: {title.lstrip('# ')}.", *rest]
+    for study in studies:
+        arms, facts = arm_table(study.analysis), facts_of(study.analysis)
+        lines += ["", f"## {study.info.dataset}, {study.info.architecture}, {study.info.condition}", ""]
+        lines += [f"* {name}: {fact}" for name, fact in facts.items()]
+        lines += ["", f"| {' | '.join(arms.columns)} |", f"|{'---|' * len(arms.columns)}"]
+        lines += [f"| {' | '.join(row)} |" for row in arms.rows]
+    page.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The study: drop one step of the recipe at a time, and say with intervals what that step was worth on your data.
 
-`records` keeps one JSON line per run, `statistics` turns paired runs into intervals and verdicts, `analysis` applies
-it to a study's records, and `plots` and `report` show the outcome together with its limits.
+`design` says what is run, `runs` makes the runs and keeps a line of JSON of each, `judge` turns paired runs into
+intervals and verdicts, and `show` writes reports and merges studies.
 """
 
 from lightning_unfreeze.study.design.arms import Arm, Recipe

@@ -39,6 +39,7 @@ from lightning_unfreeze.study.design.request import (
     parse_shard,
     stage_words,
 )
+from lightning_unfreeze.study.design.shifts import SHIFTS
 from lightning_unfreeze.study.design.tuning import Grids, best_rate, tuned_rate
 from lightning_unfreeze.study.judge.analysis import Analysis, Axis, StudyInfo, skip_arm
 from lightning_unfreeze.study.judge.planning import StudyPlan, after_pilot, fit_budget, parse_duration
@@ -202,7 +203,7 @@ class Study:
         shapes = make_arms(built, self.recipe, groups, lambda stages: 1.0)
         stages = [*self.recipe.stages, *(stage for arm in [*shapes, *self.own_arms.values()] for stage in arm.stages)]
         stages += [dataclasses.replace(stage, precompute=False) for stage in stages]
-        views = TTAEval(views=self.bench.views, augmentation=None).num_views
+        looks = TTAEval(views=self.bench.views, augmentation=None).num_views
         costs = measure_costs(
             {kind_of(stage): stage for stage in stages}.values(),
             module,
@@ -210,7 +211,7 @@ class Study:
             {**self.bench.trainer_options, "enable_progress_bar": False},
             self.bench.network,
             self.bench.find_steps,
-            views,
+            looks + (len(SHIFTS) if self.bench.shifts else 0),
         )
 
         def flops(stages: Sequence[Stage]) -> float:

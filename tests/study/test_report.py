@@ -193,7 +193,7 @@ def test_analysis__headline_counts_the_images_and_everything_follows_it(tmp_path
     error = 100 * math.sqrt((0.052 - 0.012**2) / 999)
     assert comparison.verdict.effect.error == pytest.approx(error, rel=1e-3)
     assert comparison.verdict.outcome == "undecided"
-    verdict = write_report(records, INFO, tmp_path)
+    verdict = write_report(Analysis(records, INFO), tmp_path)
     assert verdict.outcome == "undecided" and exit_code(verdict) == 4 and "UNDECIDED" in verdict.headline[0]
     html = (tmp_path / "report.html").read_text()
     assert "color: #555555" in html and ">UNDECIDED" in html
@@ -452,7 +452,8 @@ def test_verdict__a_grid_of_one_rate_is_no_tuning() -> None:
 
 def test_verdict__three_seeds_say_how_little_they_are() -> None:
     verdict = judge(Analysis(study({}, seeds=3), INFO))
-    assert any("with 3 the smallest possible sign-flip p is 0.25" in change for change in verdict.changes)
+    assert any("Seeds: 3 seeds decide nothing; at least 6 are needed" in change for change in verdict.changes)
+    assert verdict.outcome == "undecided"
 
 
 def test_verdict__a_null_study_refutes_nothing() -> None:
@@ -488,7 +489,7 @@ def test_report__is_complete_and_self_contained(tmp_path: Path) -> None:
     records = [
         dataclasses.replace(r, acc_ood=0.5, acc_tta=0.61) for r in study({"skip34@images": 2.0, "lp_only": -6.0})
     ]
-    verdict = write_report(records, INFO, tmp_path)
+    verdict = write_report(Analysis(records, INFO), tmp_path)
     page = Page()
     html = (tmp_path / "report.html").read_text()
     page.feed(html)
@@ -540,7 +541,7 @@ def test_report__escapes_what_the_user_named(tmp_path: Path) -> None:
     ids=["one seed", "reference alone", "no reference", "no primary", "bare", "other test sets", "many arms"],
 )
 def test_report__degrades_with_a_note(records: list[RunRecord], tmp_path: Path) -> None:
-    verdict = write_report(records, INFO, tmp_path)
+    verdict = write_report(Analysis(records, INFO), tmp_path)
     assert exit_code(verdict) in (0, 3, 4, 5)
     assert not re.search(r"\bnan\b", (tmp_path / "report.md").read_text())
 
@@ -549,7 +550,7 @@ def test_report__says_which_pictures_are_absent(tmp_path: Path) -> None:
     records = [
         dataclasses.replace(r, lr_trace={}, tuning_curve=()) for r in study({}, seeds=2, arms=("full9", "lp_only"))
     ]
-    write_report(records, INFO, tmp_path)
+    write_report(Analysis(records, INFO), tmp_path)
     assert (
         "do not hold what they show: paired_slopes, lr_traces, lr_sensitivity." in (tmp_path / "report.md").read_text()
     )

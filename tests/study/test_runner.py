@@ -11,10 +11,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -42,7 +44,7 @@ from lightning_unfreeze.study.runs.recorder import RunRecorder
 from lightning_unfreeze.study.runs.records import CurvePoint, RunLog, RunRecord, pack_correct
 from lightning_unfreeze.study.runs.run import trains_batch_norm
 from lightning_unfreeze.study.runs.workers import Workers
-from lightning_unfreeze.study.show.merge import merge_studies
+from lightning_unfreeze.study.show.merge import _merge, merge_studies
 from lightning_unfreeze.study.show.result import load_study
 
 ROOT = Path(__file__).parents[2]
@@ -320,6 +322,44 @@ def test_data__without_a_test_folder_the_validation_folder_is_only_looked_at_onc
     assert (len(data.train_indices), data.num_val, data.num_test) == (16, 4, 6)
     assert {path.parts[-3] for path in data._test.images} == {"val"}
     assert {path.parts[-3] for path in (*data._train.images, *data._val.images)} == {"train"}
+
+
+@pytest.mark.parametrize("cache", ["ram", "disk"])
+def test_data__reads_what_the_data_module_keeps_decoded(cache: str, tmp_path: Path) -> None:
+    from PIL import Image
+
+    colours = np.random.default_rng(0).integers(0, 256, (2, 12, 3))
+    for number, name in enumerate(("ants", "bees")):
+        for i, colour in enumerate(colours[number].tolist()):
+            folder = tmp_path / ("test", "val", "train")[(i > 1) + (i > 6)] / name
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 40), tuple(colour)).save(folder / f"{i}.png")
+
+    def data(kept: Any, augmentation: str) -> StudyData:
+        base = ImageFolderData(
+            str(tmp_path),
+            batch_size=4,
+            image_size_px=32,
+            augmentation=augmentation,
+            cache=kept,
+            cache_dir=str(tmp_path),
+        )
+        made = StudyData(base, seed=0, val_fraction=0.4)
+        made.setup("fit")
+        return made
+
+    for augmentation in ("none", "side_on"):
+        plain, kept = data(None, augmentation), data(cache, augmentation)
+        assert {path.parts[-3] for path in kept._val.images} == {"train", "val"}
+        for split in ("train", "val", "test"):
+            sides = [getattr(each, f"{split}_dataloader")().dataset for each in (plain, kept)]
+            assert all(torch.equal(a[0], b[0]) for a, b in zip(*sides, strict=True))
+        for photo in (tmp_path / "train").rglob("*.png"):
+            photo.rename(photo.with_suffix(".gone"))  # what is read now is what was kept
+        assert len([kept._train[i] for i, path in enumerate(kept._train.images) if "train" in path.parts]) > 2
+        assert len([kept._val[i] for i in range(kept.num_val)]) == kept.num_val
+        for photo in (tmp_path / "train").rglob("*.gone"):
+            photo.rename(photo.with_suffix(".png"))
 
 
 class OwnData(pl.LightningDataModule):
@@ -854,6 +894,12 @@ def test_looks__end_the_study_at_the_first_that_decides(tmp_path: Path, monkeypa
     assert {run.seed for run in near.records} == set(range(12))
     with pytest.raises(ValueError, match="another looks"):
         study(tmp_path / "near", seeds=12, looks=[8, 12]).run()
+    first = study(tmp_path / "parts", seeds=12, looks=[6, 12]).run(until_look=6)
+    assert {run.seed for run in first.records} == set(range(6)) and "Planned look at 6" in first.verdict().note
+    rest = study(tmp_path / "parts", seeds=12, looks=[6, 12]).run()
+    assert rest.verdict().text == near.verdict().text
+    with pytest.raises(ValueError, match=r"until_look=7 is none of the planned looks \[6, 12\]"):
+        study(tmp_path / "parts", seeds=12, looks=[6, 12]).run(until_look=7)
     with pytest.raises(ValueError, match="ascending"):
         study(tmp_path / "none", seeds=12, looks=[6, 9])
 
@@ -1029,11 +1075,28 @@ def test_merge__gives_the_mean_effect_and_how_it_varies(tmp_path: Path) -> None:
     found = merged.merged["skip34@flops"]
     # equal spread, so the mean of +2 and -2; they differ by 4, of which sampling explains next to nothing
     assert found.effect.mean == pytest.approx(0, abs=1e-6)
-    assert found.i2 > 0.9 and found.q_p < 0.001 and found.tau == pytest.approx(math.sqrt(8), rel=0.1)
+    assert found.i2 > 0.9 and found.tau == pytest.approx(math.sqrt(8), rel=0.1)
     assert set(merged.merged) == {"skip34@flops"} and merged.ranking is None
     text = (tmp_path / "out" / "merged.md").read_text()
     assert "No ranking" in text and "gradual on b" in text and "-5.50 [-7.00, -4.00]" in text
     assert (tmp_path / "out" / "effects.png").stat().st_size > 5000
+
+
+def test_merge__shifted_images_share_one_level_among_all_arms() -> None:
+    info = SimpleNamespace(info=SimpleNamespace(primary="skip34@flops"))
+    rows = [
+        {"arm": arm, "dataset": name, "shifted": shifted, "difference": 1.0, "standard_error": 0.5}
+        for arm in ("skip34@flops", "lp_only", "gradual")
+        for name in "ab"
+        for shifted in (False, True)
+    ]
+    levels = {
+        shifted: {arm: found.effect.level for arm, found in _merge(pd.DataFrame(rows), [info], shifted).items()}
+        for shifted in (False, True)
+    }
+    # beside the one primary comparison two secondary ones share .05; on shifted images three do
+    assert levels[False] == {"skip34@flops": 0.95, "gradual": 0.975, "lp_only": 0.975}
+    assert levels[True] == pytest.approx(dict.fromkeys(("skip34@flops", "gradual", "lp_only"), 1 - 0.05 / 3))
 
 
 @pytest.mark.pictures

@@ -24,7 +24,6 @@ class MergedEffect:
         tau: Standard deviation (points) of the true effect between data sets.
         tau_within: The same between studies of one data set (other backbones), zero where each has one.
         i2: Share of the observed variation that is more than sampling error.
-        q_p: p-value of Cochran's test of homogeneity.
         datasets: Number of data sets.
         studies: Number of studies.
     """
@@ -33,7 +32,6 @@ class MergedEffect:
     tau: float
     tau_within: float
     i2: float
-    q_p: float
     datasets: int
     studies: int
 
@@ -102,7 +100,6 @@ def merge_effects(
         tau=math.sqrt(max(float(tau2[0]), 0.0)),
         tau_within=math.sqrt(max(float(tau2[1]), 0.0)) if nested else 0.0,
         i2=max(0.0, (q - degrees) / q) if q > 0 else 0.0,
-        q_p=float(stats.chi2.sf(q, degrees)),
         datasets=len(sets),
         studies=len(y),
     )

@@ -210,7 +210,7 @@ class Analysis:
             return Look(
                 st.ALPHA,
                 f"EXTENDED AFTER A LOOK: {len(planned)} seeds were planned, {len(extra)} more were run. Whoever goes "
-                "on until a verdict comes errs in 8 to 19 % of studies, not in 5 %: read this one as exploratory.",
+                "on until a verdict comes errs in 8 to 17 % of studies, not in 5 %: read this one as exploratory.",
             )
         if done not in looks:
             wanted = " or ".join(str(look) for look in looks if look > done)

@@ -33,22 +33,17 @@ def changes_of(analysis: Analysis) -> list[str]:
 
 
 def _about_seeds(primary: Comparison) -> list[str]:
-    verdict, seeds, found = primary.verdict, len(primary.seeds), []
+    verdict, found = primary.verdict, []
     if verdict.outcome == "undecided":
         found.append(f"Seeds: {seeds_sentence(verdict)} (fix the number before running; do not add until it fits).")
-    if seeds < st.MIN_SEEDS_SIGN_FLIP:
-        found.append(
-            f"Seeds: with {seeds} the smallest possible sign-flip p is {2 / 2**seeds:g}, so only the t interval, "
-            f"which assumes normal differences, would speak: {st.MIN_SEEDS_SIGN_FLIP} seeds are the least that decide."
-        )
     if verdict.sd == 0:
         found.append("Seeds: every pair gave the same difference, so the interval has no width; that is no certainty.")
     robust, these = primary.robust, primary.these_images
     if primary.outliers:
         found.append(
             f"Outliers: the pairs of seeds {', '.join(map(str, primary.outliers))} lie far off the others. Hodges and "
-            f"Lehmann's estimate, which they cannot move, is {robust.mean:+.2f} pt {interval_words(robust)} on these "
-            f"images, where the mean is {these.mean:+.2f} pt {interval_words(these)}."
+            f"Lehmann's estimate, which a few hardly move, is {robust.mean:+.2f} pt {interval_words(robust)} on "
+            f"these images, where the mean is {these.mean:+.2f} pt {interval_words(these)}."
         )
     return found
 
@@ -143,7 +138,7 @@ def limits_of(analysis: Analysis) -> list[str]:
         f"One comparison is primary. The {analysis.num_secondary} others share its level (Bonferroni): their intervals "
         "are wider, and their outcomes follow them, in text, tables and pictures alike.",
         "The intervals assume about normal differences between seeds; with skewed ones they cover about 90 % instead "
-        "of 95 % at 5 to 10 seeds. Hodges and Lehmann's interval beside them assumes symmetry alone.",
+        "of 95 % at 6 to 20 seeds. Hodges and Lehmann's interval beside them assumes symmetry alone.",
         f"The cost target is read off {info.reference}'s own validation curves, and a cost is known no finer than from "
         "one cycle end to the next: no direction is named where the ratios that this allows hold 1.",
         _overlap_sentence(analysis),

@@ -36,7 +36,7 @@ class Costs:
         num_images: Training images.
         find_steps: Steps of a range test, which a stage with `lr="find"` is charged with.
         evaluation_seconds: One pass over the validation images.
-        test_seconds: One pass over the test images with all views.
+        test_seconds: The passes over the test images, with all views and shifts.
     """
 
     kinds: Mapping[str, StageCost]
@@ -93,7 +93,7 @@ def measure_costs(
     trainer_options: Mapping[str, object],
     network: str | None,
     find_steps: int,
-    num_views: int,
+    test_passes: int,
 ) -> Costs:
     """Count FLOPs and time a few steps of every kind of stage; nothing is trained.
 
@@ -104,7 +104,7 @@ def measure_costs(
         trainer_options: Of the runs' Trainer.
         network: As for `GradualUnfreeze`.
         find_steps: Steps of a range test.
-        num_views: Views of test-time augmentation.
+        test_passes: Over the test images: views of test-time augmentation, and shifts.
     """
     kinds = {kind_of(stage): stage for stage in stages}
     plain: dict[str, Any] = {"lr": None, "cycle_len": None, "cycle_mult": 1, "num_cycles": 1, "until": None}
@@ -132,7 +132,7 @@ def measure_costs(
         num_images=num_images,
         find_steps=find_steps,
         evaluation_seconds=cheapest * data.num_val,
-        test_seconds=cheapest * data.num_test * num_views,
+        test_seconds=cheapest * data.num_test * test_passes,
     )
 
 

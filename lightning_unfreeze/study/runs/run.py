@@ -149,11 +149,10 @@ def _score(
     bench: Bench,
     shift: str | None = None,
 ) -> TTAResult:
-    """Look once at a split, without and with test-time augmentation, or at the images under a shift."""
-    augmentation = data.train_transform if bench.views == "random" else None
-    looking = TTAEval(
-        views=bench.views if shift is None else "flip", on=("validate",), figure=False, augmentation=augmentation
-    )
+    """Look once at a split, without and with test-time augmentation, or at the plain images under a shift."""
+    views = bench.views if shift is None else []
+    augmentation = data.train_transform if views == "random" else None
+    looking = TTAEval(views=views, on=("validate",), figure=False, augmentation=augmentation)
     callbacks: list[Callback] = [looking] if shift is None else [ShiftImages(shift), looking]
     trainer = pl.Trainer(**{**bench.trainer_options, "callbacks": callbacks})
     # `validate` for both: any module that can be trained here has a validation step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -167,7 +168,7 @@ def _merge(
     """Return the mean effect of each arm that two or more data sets have, at a level that secondary arms share."""
     primaries = {analysis.info.primary for analysis in analyses}
     arms = in_order(effects["arm"].unique())
-    secondary = max(1, len([arm for arm in arms if arm not in primaries]))
+    secondary = len(arms) if shifted else max(1, len([arm for arm in arms if arm not in primaries]))
     found = {}
     for arm in arms:
         rows = effects[(effects["arm"] == arm) & (effects["shifted"] == shifted)]
@@ -231,9 +232,10 @@ def _text(
     plain = effects[~effects["shifted"]]
     labels = list(dict.fromkeys(map(_label, analyses)))
     arms = in_order(plain["arm"].unique())
-    lines += [f"| study | {' | '.join(arms)} |", "|---|" + "---|" * len(arms)]
+    lines += [f"| study | {reference}, % | {' | '.join(arms)} |", "|---|---|" + "---|" * len(arms)]
     for label, analysis in zip(labels, analyses, strict=True):
-        cells = [_cell(analysis, arm) for arm in arms]
+        accuracy = np.mean([100 * run.acc for run in analysis.runs.get(reference, {}).values()] or [math.nan])
+        cells = [f"{accuracy:.1f}", *(_cell(analysis, arm) for arm in arms)]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     left_out = plain[~((plain["standard_error"] > 0) & np.isfinite(plain["standard_error"]))]
     if len(left_out):
@@ -296,4 +298,5 @@ def _cell(analysis: Analysis, arm: str) -> str:
     if comparison is None:
         return "-"
     verdict = comparison.verdict
-    return f"{verdict.interval.mean:+.2f} {interval_words(verdict.interval)} {outcome_words(verdict)}"
+    interval = f"{interval_words(verdict.interval)} {percent(verdict.interval.level)}"
+    return f"{verdict.interval.mean:+.2f} {interval} {outcome_words(verdict)}"

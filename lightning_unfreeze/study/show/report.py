@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,9 @@ import jinja2
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lightning_unfreeze.study.judge.analysis import Analysis, StudyInfo
+from lightning_unfreeze.study.judge.analysis import Analysis
 from lightning_unfreeze.study.judge.statistics import Outcome
 from lightning_unfreeze.study.judge.verdict import StudyVerdict, exit_code, judge
-from lightning_unfreeze.study.runs.records import RunRecord
 from lightning_unfreeze.study.show.plots import PLOTS
 from lightning_unfreeze.study.show.tables import tables_of
 
@@ -46,7 +45,7 @@ class Picture:
         return base64.b64encode(self.png).decode()
 
 
-def write_report(records: Sequence[RunRecord], info: StudyInfo, folder: str | os.PathLike[str]) -> StudyVerdict:
+def write_report(analysis: Analysis, folder: str | os.PathLike[str]) -> StudyVerdict:
     """Write the report of a study and return its verdict.
 
     Writes ``report.md``, ``report.html`` (nothing outside it is needed to read it), ``verdict.txt``,
@@ -54,14 +53,9 @@ def write_report(records: Sequence[RunRecord], info: StudyInfo, folder: str | os
     and said to be.
 
     Args:
-        records: Finished runs, as `RunLog.read` gives them.
-        info: What the study was.
+        analysis: Its finished runs.
         folder: Where to write; made where it is missing.
-
-    Raises:
-        ValueError: There is no run, or the runs are of several data sets or settings.
     """
-    analysis = Analysis(records, info)
     verdict = judge(analysis)
     tables = tables_of(analysis)
     pictures, absent = _pictures(analysis)
@@ -74,7 +68,7 @@ def write_report(records: Sequence[RunRecord], info: StudyInfo, folder: str | os
     for table in tables:
         table.data.to_csv(root / "tables" / f"{table.name}.csv", index=False)
     context = {
-        "info": info,
+        "info": analysis.info,
         "verdict": verdict,
         "outcome": verdict.outcome,
         "colour": _COLOURS[verdict.outcome],

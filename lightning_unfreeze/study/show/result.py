@@ -60,7 +60,7 @@ class StudyResult:
 
     def write(self, folder: str | os.PathLike[str]) -> StudyVerdict:
         """Write the report and return the verdict."""
-        return write_report(self.records, self.info, folder)
+        return write_report(self.analysis, folder)
 
 
 def load_study(folder: str | os.PathLike[str]) -> StudyResult:

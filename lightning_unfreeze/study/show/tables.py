@@ -41,7 +41,7 @@ def tables_of(analysis: Analysis) -> list[Table]:
 
 
 def arm_table(analysis: Analysis) -> Table:
-    """Return what each arm reached and what it spent, means over its seeds."""
+    """Return what each arm reached, means over its seeds."""
     data = pd.DataFrame([_arm_row(arm, list(analysis.runs[arm].values())) for arm in analysis.arms])
     rows = tuple(
         (
@@ -52,34 +52,16 @@ def arm_table(analysis: Analysis) -> Table:
             _flips(row["tta_fixed"], row["tta_broken"]),
             _number(row["nll"], "{:.3f}"),
             _number(row["ece"], "{:.3f}"),
-            _si(row["images"]),
-            _si(row["flops"]),
-            _number(row["seconds"], "{:.1f}"),
             _rate(row),
             f"{row['converged']}/{row['runs']}",
         )
         for row in data.to_dict("records")
     )
-    columns = (
-        "arm",
-        "runs",
-        "test acc % (SD)",
-        "+ TTA",
-        "fixed / broken",
-        "NLL",
-        "ECE",
-        "images",
-        "FLOPs",
-        "s",
-        "rate",
-        "converged",
-    )
+    columns = ("arm", "runs", "test acc % (SD)", "+ TTA", "fixed / broken", "NLL", "ECE", "rate", "converged")
     note = (
         "Means over seeds; SD over seeds. Fixed / broken: test images that test-time augmentation turned right / "
-        "wrong. "
-        "An asterisk marks a tuned rate at the edge of its grid. Converged: runs whose accuracy had stopped "
-        "rising before "
-        "their last cycle end."
+        "wrong. An asterisk marks a tuned rate at the edge of its grid. Converged: runs whose accuracy had stopped "
+        "rising before their last cycle end."
     )
     return Table("arms", "Arms", note, data, columns, rows)
 
@@ -261,16 +243,7 @@ def cost_table(analysis: Analysis) -> Table:
         "the limits lie on one side of 1; 'not testable' where they do not and fewer than 70 % of either arm's runs "
         "reached the target."
     )
-    columns = (
-        "arm",
-        "cost",
-        "reached",
-        "mean ratio",
-        "95 %",
-        "restricted mean",
-        "median",
-        "takes longer?",
-    )
+    columns = ("arm", "cost", "reached", "mean ratio", "95 %", "restricted mean", "median", "takes longer?")
     return Table("costs", "Cost to the target", note, data, columns, rows)
 
 
