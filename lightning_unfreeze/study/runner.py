@@ -244,7 +244,7 @@ class Study:
         grid = ", ".join(f"{head:g}/{full:g}" for head, full in zip(self.grids.head, self.grids.full, strict=True))
         return {
             "recipe": " · ".join(map(stage_words, recipe.stages)) + f", rates span 1 to {1 / recipe.lr_span:g}",
-            "rates": f"tuned per arm, {len(self.tuning_seeds)} seeds, head/other {grid}"
+            "rates": f"tuned per arm, tuning seeds: {len(self.tuning_seeds)}, head/other {grid}"
             if self.grids.rates == "tune"
             else "from range tests",
             "BatchNorm": f"statistics {'move' if self.bench.batch_norm == 'train' else 'stay frozen'} where unfrozen",

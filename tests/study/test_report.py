@@ -511,7 +511,7 @@ def test_report__is_complete_and_self_contained(tmp_path: Path) -> None:
 
 
 def test_report__tables_of_the_markdown_are_rectangular(tmp_path: Path) -> None:
-    write_report(study({}, seeds=2, arms=("full9", "skip34@flops")), INFO, tmp_path)
+    write_report(Analysis(study({}, seeds=2, arms=("full9", "skip34@flops")), INFO), tmp_path)
     blocks = re.findall(r"(?:^\|.*\|\n)+", (tmp_path / "report.md").read_text(), flags=re.MULTILINE)
     assert len(blocks) == 6
     for block in blocks:
@@ -522,7 +522,7 @@ def test_report__escapes_what_the_user_named(tmp_path: Path) -> None:
     records = [
         dataclasses.replace(r, curve=(), lr_trace={}, tuning_curve=(), distortion={}) for r in study({}, seeds=2)
     ]
-    write_report(records, dataclasses.replace(INFO, dataset="<script>alert(1)</script>"), tmp_path)
+    write_report(Analysis(records, dataclasses.replace(INFO, dataset="<script>alert(1)</script>")), tmp_path)
     assert "<script>" not in (tmp_path / "report.html").read_text()
 
 
