@@ -5,8 +5,8 @@
 `--data` holds one folder per set, in the form of `ImageFolderData`. Every study has a folder of its own: killed and
 started again, this goes on; several machines may share `--out`, or take a part each (`--shard 1/2`). Arms come one
 after the other, each over all sets before the next one, and after each the finished studies are merged in
-`OUT/merged`; all sets come to a first look at half of the seeds, which is planned, before one goes on. So it leaves whole
-answers when it is stopped.
+`OUT/merged`; all sets come to a first look at half of the seeds, which is planned, before one goes on. So it leaves
+whole answers when it is stopped.
 
 With the defaults that is 288 runs and 72 of tuning; they took 20 to 27 s of a busy core each. The whole grid is
 `--backbones '[mobilenetv2_035, tf_efficientnet_lite0]' --per_class '[20, null]' --arms '[core, layer_decay@flops]'
