@@ -263,6 +263,16 @@ def test_analysis__shifted_images_are_a_secondary_verdict_of_their_own() -> None
     assert "on shifted images (secondary)   : -5.00 pt" in verdict.text and verdict.outcome == "equal"
 
 
+def test_analysis__an_early_look_asks_for_the_seeds_of_the_whole_study() -> None:
+    records = exact({"skip34@flops": [-3.0, 3.0, -1.5, 1.5, 0.4, -5.0]})
+    early = Analysis(records, dataclasses.replace(INFO, planned_seeds=tuple(range(12)), looks=(6, 12)))
+    late = Analysis(records, dataclasses.replace(INFO, planned_seeds=tuple(range(6))))
+    verdicts = [analysis.comparisons["skip34@flops"].verdict for analysis in (early, late)]
+    assert verdicts[0].interval.level > 0.99 and verdicts[1].interval.level == 0.95
+    assert verdicts[0].seeds_needed == verdicts[1].seeds_needed is not None
+    assert not any("inf" in change for change in judge(early).changes)
+
+
 def test_analysis__holm_covers_the_secondary_arms_alone() -> None:
     comparisons = Analysis(study({"lp_only": -5.0}), INFO).comparisons
     secondary = {arm: c for arm, c in comparisons.items() if arm != "skip34@flops"}

@@ -40,9 +40,11 @@ def _about_seeds(primary: Comparison) -> list[str]:
         found.append("Seeds: every pair gave the same difference, so the interval has no width; that is no certainty.")
     robust, these = primary.robust, primary.these_images
     if primary.outliers:
+        # so few pairs give no signed-rank interval of an early look's level
+        interval = f" {interval_words(robust)}" if math.isfinite(robust.low) else ""
         found.append(
             f"Outliers: the pairs of seeds {', '.join(map(str, primary.outliers))} lie far off the others. Hodges and "
-            f"Lehmann's estimate, which a few hardly move, is {robust.mean:+.2f} pt {interval_words(robust)} on "
+            f"Lehmann's estimate, which a few hardly move, is {robust.mean:+.2f} pt{interval} on "
             f"these images, where the mean is {these.mean:+.2f} pt {interval_words(these)}."
         )
     return found

@@ -490,7 +490,8 @@ class AccuracyVerdict:
         """
         if math.isnan(self.sd):
             return None
-        alpha, images = 1 - self.interval.level, self.effect.image_variance
+        # of the whole study: an early look has a level that no later seed is held to
+        alpha, images = ALPHA / max(self.comparisons, 1), self.effect.image_variance
         found = (
             seeds_to_detect(self.sd, self.margin, alpha=alpha, image_variance=images),
             seeds_for_equivalence(self.sd, self.margin, alpha=alpha, image_variance=images),
