@@ -271,7 +271,9 @@ def all_moments(root: Path) -> tuple[list[dict[str, Any]], list[str]]:
         for index in range(number):
             save_every = (1, 4)[index % 2]
             # the number of calls is the same to within few: caches are warm in one run and not in another
-            call = draw.randrange(1, int(0.97 * counts[save_every][part]))
+            calls = int(0.97 * counts[save_every][part])
+            # one in each share of the calls, so that the moments lie all over the run whatever is drawn
+            call = draw.randrange(1 + calls * index // number, 1 + calls * (index + 1) // number)
             there = root / f"{len(rows):02d}"
             row, failure = killed_and_resumed(there, part, call, save_every)
             if not failure:
