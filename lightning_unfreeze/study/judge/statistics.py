@@ -6,6 +6,8 @@ because the two arms of a seed share subset, head initialisation, data order and
 Two questions have two intervals. *On new images*: seeds and test images are crossed random samples, and both count;
 that is the headline. *On these test images*: the paired t interval over seeds alone, which gets narrower with every
 seed while what the test images leave open stays. `benchmarks/study_calibration.py` simulates both.
+
+The longest room: all arithmetic that a verdict rests on stands here and nowhere else, so that one reading checks it.
 """
 
 from __future__ import annotations
@@ -103,10 +105,6 @@ class Effect:
         """Return the p-value of two one-sided tests for a difference within the margin (Schuirmann 1987)."""
         return self._tail(margin - abs(self.mean))
 
-    def p_beyond(self, margin: float) -> float:
-        """Return the two-sided p-value of a difference of at most the margin."""
-        return min(1.0, 2 * self._tail(abs(self.mean) - margin))
-
     def _tail(self, distance: float) -> float:
         if self.error == 0:
             return 0.0 if distance > 0 else 1.0
@@ -165,11 +163,6 @@ def crossed_effect(a: npt.ArrayLike, b: npt.ArrayLike) -> Effect:
     ms_rest = float((rest**2).sum()) / ((seeds - 1) * (images - 1))
     image_variance = max(ms_images - ms_rest, 0.0) / d.size
     return Effect(over_seeds.mean, seeds, over_seeds.seed_variance, image_variance, _variance_df(by_image))
-
-
-def total_interval(a: npt.ArrayLike, b: npt.ArrayLike, level: float = 0.95) -> Interval:
-    """Return the interval of `crossed_effect`: for other seeds and new test images."""
-    return crossed_effect(a, b).interval(level)
 
 
 def _variance_df(centred: Array) -> float:
