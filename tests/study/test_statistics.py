@@ -174,7 +174,7 @@ def test_crossed_effect__covers_93_to_97_percent_on_new_images(seeds: int, image
     assert 0.93 <= np.mean(held) <= 0.97
 
 
-def test_total_interval__covers_and_the_seed_interval_does_not() -> None:
+def test_crossed_effect__covers_and_the_seed_interval_does_not() -> None:
     # Two arms that differ by chance alone on each image: on new images their true difference is 0.
     rng = np.random.default_rng(5)
     total = seed = 0
@@ -182,15 +182,15 @@ def test_total_interval__covers_and_the_seed_interval_does_not() -> None:
         image_effect = rng.normal(0, 0.25, 300)
         p_a, p_b = np.clip(0.6 + image_effect, 0, 1), np.clip(0.6 - image_effect, 0, 1)
         a, b = rng.random((10, 300)) < p_a, rng.random((10, 300)) < p_b
-        total += not s.total_interval(a, b).excludes_zero()
+        total += not s.crossed_effect(a, b).interval().excludes_zero()
         seed += not s.paired_t_interval(100 * (a.mean(1) - b.mean(1))).excludes_zero()
     assert total / 400 >= 0.93
     assert seed / 400 < 0.80
 
 
-def test_total_interval__refuses_other_shapes() -> None:
+def test_crossed_effect__refuses_other_shapes() -> None:
     with pytest.raises(ValueError, match=r"\(2, 5\) and \(2, 6\)"):
-        s.total_interval(np.ones((2, 5)), np.ones((2, 6)))
+        s.crossed_effect(np.ones((2, 5)), np.ones((2, 6)))
 
 
 @pytest.mark.parametrize(
