@@ -103,9 +103,9 @@ class PlannedStage:
         if self.stage.solve is True:
             return "solved"
         rate = f"{self.rates[name]:.3g}"
-        if self.stage.lr != "find":
-            return rate
-        return "found" if rate == "1" else f"found x {rate}"
+        if self.stage.lr == "find":
+            rate = "found" if rate == "1" else f"found x {rate}"
+        return f"solved, or {rate}" if self.stage.solve == "auto" else rate
 
     def advice(self) -> list[str]:
         """Lines about layer groups whose rate is so low that they hardly train, and what freezing them would save."""
