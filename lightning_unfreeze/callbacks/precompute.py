@@ -406,7 +406,7 @@ class PrecomputeFeatures(StageCallback):
     def on_stage_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
         """Gives the loaders back, and has those of the next stage asked for."""
         follows = self.run is not None and any(following.precompute for following in self.run.later[:1])
-        if self._give_back is not None and (self._stores or follows):
+        if self._give_back is not None and (self._source is not None or follows):
             ask_for_loaders_again(trainer)
         self._check_frozen_part(stage)
         if stage.solve is True:  # its rates are 0, and the moments that its steps left are of no later use

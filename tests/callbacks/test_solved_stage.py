@@ -165,10 +165,13 @@ def test_auto__trains_what_cannot_be_solved_and_says_why(
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
-@pytest.mark.parametrize(("kind", "num_files"), [(Weighted, 3), (TwoLayers, 4)])
+@pytest.mark.parametrize(
+    ("kind", "num_files", "pays"), [(Weighted, 3, True), (TwoLayers, 4, True), (TwoLayers, 4, False)]
+)
 def test_auto__goes_on_from_a_checkpoint_as_it_was_decided(
-    kind: type[Weighted], num_files: int, tmp_path: Path
+    kind: type[Weighted], num_files: int, pays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(PrecomputeFeatures, "_pays", lambda *_: pays)
     plan = [AUTO, Stage("full", epochs=2, lr=1e-3)]
     torch.manual_seed(0)
     module = kind()
