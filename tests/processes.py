@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from lightning.pytorch.strategies import DDPStrategy
 
 needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="forks its processes")
 HANGS_SECONDS = 600.0  # longer than anything takes, also on a machine that is busy with other things
@@ -74,8 +73,3 @@ def until(condition: Callable[[], Any]) -> Any:
             return found
         time.sleep(0.01)
     raise TimeoutError("the other process never did it")
-
-
-def forked_ddp(**options: Any) -> DDPStrategy:
-    """Ranks on the CPU that are forked from the test."""
-    return DDPStrategy(start_method="fork", process_group_backend="gloo", **options)

@@ -14,8 +14,6 @@ import signal
 import socket
 import sys
 import tempfile
-import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
@@ -51,10 +49,11 @@ from tests.conftest import (
     steady_module,
     weights_of,
 )
+from tests.processes import Forked, fork, needs_fork
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its processes"),
+    needs_fork,
     # Lightning, about checkpoints that are there and those that are not yet
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available"),
@@ -166,15 +165,11 @@ class Profile:
             setattr(owner, name, function)
 
 
-def child(scratch: Path, action: Callable[[], object]) -> int:
-    """Forks a process that runs `action`; its number. What it prints goes into `scratch`."""
+def child(scratch: Path, action: Callable[[], object]) -> Forked:
+    """A process that runs `action`; what it prints goes into `scratch`."""
     scratch.mkdir(parents=True, exist_ok=True)
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
+
+    def in_scratch() -> None:
         output = os.open(scratch / f"output-{os.getpid()}.txt", os.O_CREAT | os.O_WRONLY)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -184,28 +179,12 @@ def child(scratch: Path, action: Callable[[], object]) -> int:
         # drawing the pictures would be most of the time
         Figure.savefig = lambda self, path, **options: Path(path).write_bytes(b"picture")  # type: ignore[method-assign]
         action()
-        status = 0
-    except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+
+    return fork(in_scratch)
 
 
-def wait(pid: int, timeout_seconds: float = 120) -> int:
-    """How a child ended: its exit status, or minus the signal that killed it. One that hangs is killed: -14."""
-    end = time.monotonic() + timeout_seconds
-    while time.monotonic() < end:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return -signal.SIGALRM
+def wait(process: Forked, timeout_seconds: float = 120) -> int:
+    return process.wait(timeout_seconds)
 
 
 def output_of(scratch: Path) -> str:
@@ -411,7 +390,7 @@ def ranked_fit(
     return module
 
 
-def ranks(scratch: Path, num_ranks: int, action: Callable[[], object]) -> list[int]:
+def ranks(scratch: Path, num_ranks: int, action: Callable[[], object]) -> list[Forked]:
     """Processes that nobody watches over, as on the nodes of a cluster: no launcher ends one for the other's sake."""
     port = str(free_port())
 
@@ -439,7 +418,7 @@ def test_ranks__one_is_lost_and_the_other_ends_with_an_error(where: str, how: si
     first, last = ranks(scratch, 2, lambda: ranked_fit(folder, 2, KillsRank(where, how), wait_seconds=5))
     assert wait(first, 60) == 1, output_of(scratch / "0")
     assert "Error" in output_of(scratch / "0")
-    os.kill(last, signal.SIGKILL)
+    last.kill()
     assert wait(last) == -signal.SIGKILL
     # the store is finished and true, or unfinished and known to be
     (store,) = (path for path in (folder / "feature_store").iterdir() if path.is_dir())
@@ -449,10 +428,10 @@ def test_ranks__one_is_lost_and_the_other_ends_with_an_error(where: str, how: si
         with pytest.raises(StoreError, match=r"manifest.json is missing"):
             FeatureStore.open(store, fingerprint="any")
     # another run takes what is there and ends as one that was never disturbed
-    pids = ranks(tmp_path / "again", 2, lambda: ranked_fit(folder, 2))
-    assert [wait(pid) for pid in pids] == [0, 0], output_of(tmp_path / "again" / "0")
-    pids = ranks(tmp_path / "alone", 2, lambda: ranked_fit(tmp_path / "undisturbed", 2))
-    assert [wait(pid) for pid in pids] == [0, 0], output_of(tmp_path / "alone" / "0")
+    started = ranks(tmp_path / "again", 2, lambda: ranked_fit(folder, 2))
+    assert [wait(each) for each in started] == [0, 0], output_of(tmp_path / "again" / "0")
+    started = ranks(tmp_path / "alone", 2, lambda: ranked_fit(tmp_path / "undisturbed", 2))
+    assert [wait(each) for each in started] == [0, 0], output_of(tmp_path / "alone" / "0")
     weights = [torch.load(path / "weights.pt") for path in (folder, tmp_path / "undisturbed")]
     assert same_weights(*weights) == []
     assert files_in(folder) == files_in(tmp_path / "undisturbed")
@@ -472,10 +451,10 @@ def test_resume__with_another_number_of_ranks_at_an_epochs_end(before: int, afte
     whole = tmp_path / "whole"
 
     def run(folder: Path, num_ranks: int, *callbacks: Callback, ckpt: str | None = None) -> dict[str, torch.Tensor]:
-        pids = ranks(
+        started = ranks(
             tmp_path / f"output {folder.name}", num_ranks, lambda: ranked_fit(folder, num_ranks, *callbacks, ckpt=ckpt)
         )
-        assert [wait(pid) for pid in pids] == [0] * num_ranks, output_of(tmp_path / f"output {folder.name}" / "0")
+        assert [wait(each) for each in started] == [0] * num_ranks, output_of(tmp_path / f"output {folder.name}" / "0")
         weights: dict[str, torch.Tensor] = torch.load(folder / "weights.pt")
         return weights
 

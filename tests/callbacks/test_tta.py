@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.tta import TTAEval, merge_views
 from lightning_unfreeze.seeding import keyed_rng
 from lightning_unfreeze.stages.plan import Stage
+from tests.processes import needs_fork
 
 CLASSES = 3
 
@@ -795,7 +795,7 @@ class TellsEachRank(StageCallback):
 
 
 @pytest.mark.ddp
-@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="forks its processes")
+@needs_fork
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders")
 def test_tta__is_the_same_on_one_two_and_three_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

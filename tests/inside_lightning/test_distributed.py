@@ -6,7 +6,6 @@ The processes are forked from the test, so they import nothing again; results co
 from __future__ import annotations
 
 import json
-import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,8 +46,8 @@ from tests.conftest import (
     steady_module,
     weights_of,
 )
+from tests.processes import needs_fork
 
-needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="forks its processes")
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 
 PLAN = [
