@@ -17,7 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_unfreeze.data.modules import ImageFolderData
 from lightning_unfreeze.module import TransferClassifier
 from lightning_unfreeze.preview.rank import Ranked, plot_ranking, rank_backbone
-from lightning_unfreeze.reporting import show, table_of, write_csv
+from lightning_unfreeze.reporting import show, table_of, write_csv, write_whole
 
 _PATTERN = re.compile(r"[*?\[]")
 
@@ -34,10 +34,7 @@ def main(arguments: Sequence[str]) -> None:
         if kept.get("settings") != settings:
             row = _rank(options, backbone, weights, device)
             kept = {"settings": settings, "row": asdict(row)}
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(".part")
-            partial.write_text(json.dumps(kept))
-            partial.replace(file)
+            write_whole(file, json.dumps(kept))
         ranked.append(Ranked(**kept["row"]))
     ranked.sort(key=lambda row: -row.accuracy)
     write_csv(options.out / "rank.csv", [asdict(row) for row in ranked])

@@ -58,7 +58,7 @@ class DecodedImages:
         self._ends = np.cumsum(self._sizes.prod(1) * reading.num_channels)
         self._path = None if folder is None else folder / f"{self._key(files)}.pixels"
         if self._path is None:
-            _check_room(self.num_bytes, _free_memory(), "memory")
+            _check_room(self.num_bytes, free_memory(), "memory")
             self._pixels = np.empty(self.num_bytes, dtype=np.uint8)
             self._fill(files, bar)
             return
@@ -156,7 +156,8 @@ def _check_room(needed_bytes: int, free_bytes: int | None, where: str) -> None:
         )
 
 
-def _free_memory() -> int | None:
+def free_memory() -> int | None:
+    """Bytes that programs may still take, what the page cache would give back among them; None where not known."""
     with suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])

@@ -5,12 +5,10 @@ from __future__ import annotations
 import enum
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 import re
 import types
-from contextlib import suppress
 from pathlib import PurePath
 from typing import Any
 
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from lightning_unfreeze import __version__
 from lightning_unfreeze.data.datasets import inner_datasets, nested_datasets
 from lightning_unfreeze.features.describe import Description, NotUnderstoodError, digest
 from lightning_unfreeze.features.prefix import FrozenPrefix
@@ -40,13 +39,6 @@ def canonical_json(content: object) -> bytes:
     return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def package_version() -> str:
-    """Version of this package, as installed."""
-    with suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version("lightning-unfreeze")
-    return "unknown"
-
-
 def fingerprint_of(**parts: object) -> str:
     """Key of named parts, the same in every process; the version of this package is always one of them.
 
@@ -61,7 +53,7 @@ def fingerprint_of(**parts: object) -> str:
     >>> fingerprint_of(weights="a1", views=4) == fingerprint_of(weights="a1", views=5)
     False
     """
-    return digest(canonical_json({"package_version": package_version(), "parts": parts}))
+    return digest(canonical_json({"package_version": __version__, "parts": parts}))
 
 
 def transform_fingerprint(transform: object, strict: bool = False) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable, Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lightning_unfreeze.data.cache import free_memory
 from lightning_unfreeze.features.store import FeatureStore
 
 Place = Literal["device", "pinned", "disk"]
@@ -31,10 +31,10 @@ def choose_place(num_bytes: int, device: torch.device, share: float = 0.5) -> Pl
         on disk, where a memory map reads them at nearly the speed of memory.
     """
     if device.type == "cpu":
-        return "device" if num_bytes <= min(_CPU_BYTES, share * _free_on_host()) else "disk"
+        return "device" if num_bytes <= min(_CPU_BYTES, share * (free_memory() or 0)) else "disk"
     if num_bytes <= share * _free_on(device):
         return "device"
-    return "pinned" if device.type == "cuda" and num_bytes <= share * _free_on_host() else "disk"
+    return "pinned" if device.type == "cuda" and num_bytes <= share * (free_memory() or 0) else "disk"
 
 
 def _new_stream(device: torch.device) -> torch.cuda.Stream:
@@ -50,13 +50,6 @@ def _free_on(device: torch.device) -> int:
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     return 0
-
-
-def _free_on_host() -> int:
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not on every system
-        return 0
 
 
 class ResidentStore:

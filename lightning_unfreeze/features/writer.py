@@ -18,7 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_unfreeze.features.key import canonical_json, package_version
+from lightning_unfreeze import __version__
+from lightning_unfreeze.features.key import canonical_json
 from lightning_unfreeze.features.layout import StoreError, StoreLayout
 from lightning_unfreeze.features.store import (
     FeatureStore,
@@ -199,7 +200,7 @@ class FeatureWriter:
             raise StoreError(f"{(~done).sum()} of {done.size} rows were not written to {self.directory}.")
         with self._removing_on_error():
             details = {
-                "package_version": package_version(),
+                "package_version": __version__,
                 "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 **checksums(self.layout, self.directory),
             }

@@ -8,9 +8,11 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_unfreeze import __version__
+
 _OF_THE_INPUT = ("input_size", "mean", "std", "interpolation", "crop_pct")
 _SHOWN_NAMES = 6
-_MADE_WITH = ("lightning-unfreeze", "lightning", "torch", "torchvision", "timm")
+_MADE_WITH = ("lightning", "torch", "torchvision", "timm")
 
 
 def check_known(names: Sequence[str], known: Sequence[str]) -> None:
@@ -47,7 +49,7 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """The packages that a network depends on, for the checkpoint."""
-    return {name: version(name) for name in _MADE_WITH}
+    return {"lightning-unfreeze": __version__, **{name: version(name) for name in _MADE_WITH}}
 
 
 def shown(names: Sequence[str]) -> str:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 
-from lightning_unfreeze.features.head_rows import linear_head
+from lightning_unfreeze.features.head_rows import head_rows, linear_head
 from lightning_unfreeze.features.shortcut import seconds
-from lightning_unfreeze.features.solve import HeadRows, solve_head
+from lightning_unfreeze.features.solve import solve_head
 from lightning_unfreeze.layers.groups import layer_groups
+from lightning_unfreeze.reporting.judged import wilson
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,7 +67,12 @@ def rank_backbone(name: str, module: pl.LightningModule, data: pl.LightningDataM
     start = time.monotonic()
     module.to(device).eval()
     head = linear_head(module, list(layer_groups(module).values())[-1].parameters())
-    rows = {split: _rows(module, head, loader, device) for split, loader in _loaders(data).items()}
+
+    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, labels = batch
+        return F.cross_entropy(module(images.to(device)), labels.to(device))
+
+    rows = {split: head_rows(loss, head, loader) for split, loader in _loaders(data).items()}
     solution = solve_head(rows["train"], rows["val"], num_classes=head.out_features, device=device)
     judged = rows.get("test", rows["val"])
     right = int(((judged.features @ solution.weight.T + solution.bias).argmax(1) == judged.targets).sum())
@@ -86,19 +92,6 @@ def rank_backbone(name: str, module: pl.LightningModule, data: pl.LightningDataM
         len(judged.targets),
         solution.ridge,
     )
-
-
-def wilson(right: int, total: int) -> tuple[float, float]:
-    """The 95 % score interval of a share (Wilson 1927).
-
-    >>> low, high = wilson(90, 100)
-    >>> round(low, 3), round(high, 3)
-    (0.826, 0.945)
-    """
-    z, share = 1.959963984540054, right / total
-    middle = (share + z**2 / (2 * total)) / (1 + z**2 / total)
-    reach = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2)) / (1 + z**2 / total)
-    return middle - reach, middle + reach
 
 
 def plot_ranking(ranked: Sequence[Ranked]) -> Figure:
@@ -130,19 +123,3 @@ def _loaders(data: Any) -> dict[str, Any]:
     with contextlib.suppress(MisconfigurationException):  # there are no test images
         loaders["test"] = data.test_dataloader()
     return loaders
-
-
-def _rows(module: nn.Module, head: nn.Linear, batches: Iterable[Any], device: torch.device) -> HeadRows:
-    read: list[Tensor] = []
-    targets: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda _, given: read.append(given[0].float().cpu()))
-    try:
-        with torch.no_grad():
-            for images, labels in batches:
-                module(images.to(device))
-                targets.append(labels)
-    finally:
-        handle.remove()
-    if len(read) != len(targets) or read[0].ndim != 2:
-        raise ValueError("the head has to be called once a batch, on a row per image")
-    return HeadRows(torch.cat(read), torch.cat(targets))

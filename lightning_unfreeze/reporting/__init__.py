@@ -12,7 +12,7 @@ from lightning_unfreeze.reporting.run_files import (
     show_on_bar,
 )
 from lightning_unfreeze.reporting.stages import plot_stages
-from lightning_unfreeze.reporting.tables import show, table_of, write_csv
+from lightning_unfreeze.reporting.tables import show, table_of, write_csv, write_whole
 
 __all__ = [
     "checkpoint_rows",
@@ -30,4 +30,5 @@ __all__ = [
     "show_on_bar",
     "table_of",
     "write_csv",
+    "write_whole",
 ]

@@ -1145,7 +1145,7 @@ def test_precompute__trains_the_same_weights_wherever_the_rows_lie(tmp_path, pla
 
 
 def test_precompute__more_than_its_share_of_the_memory_stays_on_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(resident_module, "_free_on_host", lambda: 24 * 6 * 4)
+    monkeypatch.setattr(resident_module, "free_memory", lambda: 24 * 6 * 4)
     fit(tmp_path, options={"memory_share": 0.1}, callbacks=[held := Held()])
     assert isinstance(held.store, FeatureStore)
 

@@ -125,7 +125,7 @@ def test_module__another_size_decodes_anew_and_a_broken_file_names_all(tmp_path:
 
 def test_module__without_room_it_reads_as_usual_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     photos(tmp_path)
-    monkeypatch.setattr(cache_module, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(cache_module, "free_memory", lambda: 1000)
     data = ready(tmp_path, cache="ram")
     with pytest.warns(
         UserWarning, match=r"cache='ram': train photos are read anew in each epoch, as .* GiB are needed"

@@ -32,7 +32,7 @@ def test_fingerprint_of__depends_on_names_values_and_package_version(monkeypatch
         fingerprint_of(weights="a", views="4", sizes=[1, 2]),
         fingerprint_of(weight="a", views=4, sizes=[1, 2]),
     ]
-    monkeypatch.setattr(fingerprints, "package_version", lambda: "another")
+    monkeypatch.setattr(fingerprints, "__version__", "another")
     others.append(fingerprint_of(weights="a", views=4, sizes=[1, 2]))
     assert len({base, *others}) == 7
     with pytest.raises(TypeError):

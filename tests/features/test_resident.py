@@ -86,18 +86,18 @@ FREE = {"cuda": 1000, "host": 400}
 )
 def test_choose_place__is_the_first_in_which_the_share_suffices(device, num_bytes, share, place, monkeypatch):
     monkeypatch.setattr(module, "_free_on", lambda _: FREE["cuda"])
-    monkeypatch.setattr(module, "_free_on_host", lambda: FREE["host"])
+    monkeypatch.setattr(module, "free_memory", lambda: FREE["host"])
     assert choose_place(num_bytes, torch.device(device), share) == place
 
 
 def test_choose_place__is_pinned_memory_where_the_card_is_full(monkeypatch):
     monkeypatch.setattr(module, "_free_on", lambda _: 100)
-    monkeypatch.setattr(module, "_free_on_host", lambda: 10_000)
+    monkeypatch.setattr(module, "free_memory", lambda: 10_000)
     assert choose_place(300, torch.device("cuda"), 0.5) == "pinned"
 
 
 def test_choose_place__leaves_a_large_store_to_the_page_cache_of_a_cpu(monkeypatch):
-    monkeypatch.setattr(module, "_free_on_host", lambda: 2**40)
+    monkeypatch.setattr(module, "free_memory", lambda: 2**40)
     assert choose_place(256 * 2**20, torch.device("cpu")) == "device"
     assert choose_place(256 * 2**20 + 1, torch.device("cpu")) == "disk"
 

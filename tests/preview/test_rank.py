@@ -14,12 +14,11 @@ from matplotlib.image import imread
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
-from statsmodels.stats.proportion import proportion_confint
 
 from lightning_unfreeze.cli import main
 from lightning_unfreeze.data.modules import ImageFolderData
 from lightning_unfreeze.module import TransferClassifier
-from lightning_unfreeze.preview.rank import rank_backbone, wilson
+from lightning_unfreeze.preview.rank import rank_backbone
 
 
 @pytest.fixture
@@ -72,11 +71,6 @@ def test_rank_backbone__is_logistic_regression_on_a_plain_forward(photos: Path, 
     assert expected > 0.5
     assert ranked.parameters == sum(parameter.numel() for parameter in module.parameters())
     assert ranked.images_per_second > 0 and ranked.low < expected < ranked.high
-
-
-@pytest.mark.parametrize(("right", "total"), [(0, 5), (3, 7), (90, 100), (268, 268)])
-def test_wilson__is_statsmodels(right: int, total: int) -> None:
-    assert wilson(right, total) == pytest.approx(proportion_confint(right, total, method="wilson"), abs=1e-12)
 
 
 @pytest.mark.pictures

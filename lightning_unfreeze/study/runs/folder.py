@@ -11,6 +11,7 @@ from typing import Any
 from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_unfreeze.reporting import write_whole
 from lightning_unfreeze.study.judge.analysis import StudyInfo
 
 NAME = "study.json"
@@ -30,10 +31,7 @@ class Stored:
 
     def write(self, folder: Path) -> None:
         """Write it down, whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{NAME}.part"
-        partial.write_text(json.dumps({"settings": self.settings, "info": asdict(self.info)}, indent=1))
-        partial.replace(folder / NAME)
+        write_whole(folder / NAME, json.dumps({"settings": self.settings, "info": asdict(self.info)}, indent=1))
 
 
 def stored_study(folder: Path) -> Stored | None:
