@@ -239,7 +239,7 @@ def test_plan__shows_each_stage_and_trains_nothing(
 
 def test_plan__counts_flops_and_parameters_as_arithmetic_does(tmp_path: Path) -> None:
     from lightning_unfreeze import DigitsData, GradualUnfreeze, Stage, TransferClassifier
-    from lightning_unfreeze.preview.costs import plan_costs
+    from lightning_unfreeze.recipe.costs import plan_costs
     from tests.conftest import quiet_trainer
 
     stages = [Stage("head", train="head", epochs=2), Stage("full", epochs=3)]
@@ -258,7 +258,7 @@ def test_plan__counts_flops_and_parameters_as_arithmetic_does(tmp_path: Path) ->
 def test_plan__counts_frozen_modules_that_a_container_only_holds(tmp_path: Path) -> None:
     """A ModuleList is never called: its FLOPs are those of its modules, once for a stored stage."""
     from lightning_unfreeze import GradualUnfreeze, PrecomputeFeatures, Stage
-    from lightning_unfreeze.preview.costs import plan_costs
+    from lightning_unfreeze.recipe.costs import plan_costs
     from tests.conftest import quiet_trainer
 
     class Listed(pl.LightningModule):
@@ -290,7 +290,7 @@ def test_plan__counts_frozen_modules_that_a_container_only_holds(tmp_path: Path)
 
 def test_plan__costs_what_the_limit_on_batches_lets_through(tmp_path: Path) -> None:
     from lightning_unfreeze import DigitsData, GradualUnfreeze, Stage, TransferClassifier
-    from lightning_unfreeze.preview.costs import plan_costs
+    from lightning_unfreeze.recipe.costs import plan_costs
     from tests.conftest import quiet_trainer
 
     module = TransferClassifier("digits_resnet", num_classes=5, pretrained=False)
@@ -305,7 +305,7 @@ def test_plan__costs_what_the_limit_on_batches_lets_through(tmp_path: Path) -> N
 
 def test_plan__warns_of_rates_too_low_and_says_what_freezing_saves() -> None:
     from lightning_unfreeze import DigitsData, GradualUnfreeze, Stage, TransferClassifier
-    from lightning_unfreeze.preview.costs import plan_costs
+    from lightning_unfreeze.recipe.costs import plan_costs
     from tests.conftest import quiet_trainer
 
     module = TransferClassifier("digits_resnet", num_classes=5, pretrained=False)
@@ -328,7 +328,7 @@ def test_plan__warns_of_rates_too_low_and_says_what_freezing_saves() -> None:
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 def test_plan__of_data_without_a_length_is_refused() -> None:
     from lightning_unfreeze import GradualUnfreeze, Stage
-    from lightning_unfreeze.preview.costs import plan_costs
+    from lightning_unfreeze.recipe.costs import plan_costs
     from tests.conftest import UserModule, quiet_trainer
 
     class Endless(torch.utils.data.IterableDataset[object]):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning_unfreeze.cli.options import take_stage_options
 from lightning_unfreeze.cli.parser import UnfreezeCLI
-from lightning_unfreeze.preview.range_tests import range_tests
+from lightning_unfreeze.recipe.range_tests import range_tests
 from lightning_unfreeze.reporting import show, table_of, write_csv
 
 

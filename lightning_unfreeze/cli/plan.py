@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lightning_unfreeze.cli.options import take_stage_options
 from lightning_unfreeze.cli.parser import UnfreezeCLI
-from lightning_unfreeze.preview.costs import plan_costs
+from lightning_unfreeze.recipe.costs import plan_costs
 from lightning_unfreeze.reporting import show, table_of
 
 

@@ -16,7 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_unfreeze.data.modules import ImageFolderData
 from lightning_unfreeze.module import TransferClassifier
-from lightning_unfreeze.preview.rank import Ranked, plot_ranking, rank_backbone
+from lightning_unfreeze.recipe.rank import Ranked, plot_ranking, rank_backbone
 from lightning_unfreeze.reporting import show, table_of, write_csv, write_whole
 
 _PATTERN = re.compile(r"[*?\[]")

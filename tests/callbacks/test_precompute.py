@@ -40,7 +40,7 @@ from lightning_unfreeze.features.fill import FeaturePass
 from lightning_unfreeze.features.resident import ResidentStore
 from lightning_unfreeze.features.store import FeatureStore
 from lightning_unfreeze.layers.groups import layer_groups
-from lightning_unfreeze.preview.costs import plan_costs
+from lightning_unfreeze.recipe.costs import plan_costs
 from lightning_unfreeze.stages.plan import Stage
 from tests.conftest import SmallNet, UserModule, loader, quiet_trainer, random_images, same_weights, weights_of
 

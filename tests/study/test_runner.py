@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_unfreeze import CosineRestarts, DigitsData, GradualUnfreeze, ImageFolderData, Stage, TransferClassifier
 from lightning_unfreeze.cli import main
-from lightning_unfreeze.preview.costs import FLOP_FORMULAS
+from lightning_unfreeze.recipe.costs import FLOP_FORMULAS
 from lightning_unfreeze.study import runner
 from lightning_unfreeze.study.design.arms import Arm, Recipe
 from lightning_unfreeze.study.design.data import StudyData

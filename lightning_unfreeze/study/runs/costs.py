@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 
 from lightning_unfreeze.callbacks.precompute import PrecomputeFeatures
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
-from lightning_unfreeze.preview.costs import plan_costs
+from lightning_unfreeze.recipe.costs import plan_costs
 from lightning_unfreeze.stages.plan import Stage
 from lightning_unfreeze.study.design.data import StudyData
 

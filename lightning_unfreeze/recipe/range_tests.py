@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 
 from lightning_unfreeze.callbacks.base import players
 from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage, RangeTest
-from lightning_unfreeze.preview.costs import Probe
+from lightning_unfreeze.recipe.costs import Probe
 
 
 def range_tests(

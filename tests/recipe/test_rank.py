@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from lightning_unfreeze.cli import main
 from lightning_unfreeze.data.modules import ImageFolderData
 from lightning_unfreeze.module import TransferClassifier
-from lightning_unfreeze.preview.rank import rank_backbone
+from lightning_unfreeze.recipe.rank import rank_backbone
 
 
 @pytest.fixture

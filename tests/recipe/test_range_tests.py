@@ -15,7 +15,7 @@ from matplotlib.image import imread
 from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.cli import main
-from lightning_unfreeze.preview.range_tests import range_tests
+from lightning_unfreeze.recipe.range_tests import range_tests
 from lightning_unfreeze.stages.plan import Stage
 from tests.conftest import UserModule, loader, quiet_trainer, same_weights, weights_of
 

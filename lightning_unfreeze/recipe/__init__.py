@@ -1,4 +1,7 @@
-"""fast.ai's nine steps as one list of callbacks: the whole recipe, and a short one."""
+"""fast.ai's nine steps as one list of callbacks: the whole recipe, and a short one.
+
+Beside them what a recipe would come to before anything is trained: its costs, its range tests, the backbone.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,0 @@
-"""What a plan would do, without training: costs and range tests."""
