@@ -122,7 +122,7 @@ class CosineRestarts(StageCallback):
         self._epoch_step = 0  # the optimizer step that the present epoch began with
         self._steps = 1  # optimizer steps of an epoch
         self._last_step = -1
-        self._factor: tuple[tuple[int, int], float] | None = None  # at (epoch, steps of it)
+        self._written: tuple[int, int, int] | None = None  # rates in force: (epoch, steps of it, param groups)
 
     # --- before training -------------------------------------------------------------------------------------------
 
@@ -163,7 +163,7 @@ class CosineRestarts(StageCallback):
         self._last_step = trainer.global_step
         if trainer.global_step == self.run.start_step or self._epoch_step < self.run.start_step:
             self._epoch_step = trainer.global_step
-        self._steps, self._factor = steps_of_epoch(trainer) or self._steps, None
+        self._steps, self._written = steps_of_epoch(trainer) or self._steps, None
         self._lay_out_cycles(trainer, stage)
         if self.run.resumed and self._judge is not None:
             self._judge.values = self.cycle_values.setdefault(stage.name, self._judge.values)
@@ -182,7 +182,7 @@ class CosineRestarts(StageCallback):
     # --- the schedule ----------------------------------------------------------------------------------------------
 
     def _lay_out_cycles(self, trainer: pl.Trainer, stage: Stage) -> None:
-        self._course, self._factor = None, None
+        self._course, self._written = None, None
         planned = self.run is not None and self.run.planned
         if planned and stage.cycle_len is None:
             return
@@ -221,14 +221,14 @@ class CosineRestarts(StageCallback):
         if self.run is None:
             return
         check_rates(trainer, trainer.lightning_module, self.run.stage.name)  # before this overwrites another's
-        multiplier = 1.0
-        if self._course is not None:
-            at = trainer.current_epoch, self._done(trainer, to_come=to_come)
-            if self._factor is None or self._factor[0] != at:  # asked for at both ends of a batch
-                self._factor = at, self.multiplier(self._place(trainer, to_come=to_come))
-            multiplier = self._factor[1]
+        groups = trainer.optimizers[0].param_groups
+        at = trainer.current_epoch, self._done(trainer, to_come=to_come), len(groups)
+        if at == self._written:  # asked for at both ends of a batch
+            return
+        self._written = at
+        multiplier = self.multiplier(self._place(trainer, to_come=to_come))
         momentum = None if self.momentum is None else cycling_momentum(multiplier, *self.momentum)
-        for group in trainer.optimizers[0].param_groups:
+        for group in groups:
             scale_lr(group, multiplier)
             if momentum is not None:
                 set_momentum(group, momentum)
@@ -238,7 +238,7 @@ class CosineRestarts(StageCallback):
         self._best.note_scores(trainer)
         unpin_callback_metrics(trainer)
         self._epoch_step = trainer.global_step
-        self._steps, self._factor = steps_of_epoch(trainer) or self._steps, None
+        self._steps, self._written = steps_of_epoch(trainer) or self._steps, None
         self._write(trainer, to_come=True)
 
     def on_train_batch_start(
