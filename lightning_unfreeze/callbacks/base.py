@@ -65,6 +65,10 @@ class StageRun:
         """First epoch after the stage, if nothing ends it earlier."""
         return self.start_epoch + self.stage.num_epochs
 
+    def epoch(self, trainer: pl.Trainer) -> int:
+        """Number of the Trainer's epoch within the stage, from 1."""
+        return trainer.current_epoch + 1 - self.start_epoch
+
 
 class StageCallback(Callback):
     """A callback that is told of the stages of a run.

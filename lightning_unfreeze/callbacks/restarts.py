@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_unfreeze.callbacks.base import StageCallback, conductor, players
+from lightning_unfreeze.callbacks.base import StageCallback, StageRun, conductor, players
 from lightning_unfreeze.inside_lightning.best_so_far import BestSoFar
 from lightning_unfreeze.inside_lightning.clashes import (
     refuse_other_optimizers,
@@ -28,7 +28,7 @@ from lightning_unfreeze.inside_lightning.steps import epochs_of_fit, steps_of_ep
 from lightning_unfreeze.inside_lightning.weights import save_weights
 from lightning_unfreeze.inside_lightning.writers import check_rates
 from lightning_unfreeze.layers.param_groups import scale_lr, set_momentum
-from lightning_unfreeze.reporting import is_due_to_log, log_metrics, report_dir
+from lightning_unfreeze.reporting import is_due_to_log, log_metrics, shared_path
 from lightning_unfreeze.stages.cycles import Course, cycle_at
 from lightning_unfreeze.stages.plan import Stage
 from lightning_unfreeze.stages.schedules import Shape, cycling_momentum
@@ -164,7 +164,7 @@ class CosineRestarts(StageCallback):
         if trainer.global_step == self.run.start_step or self._epoch_step < self.run.start_step:
             self._epoch_step = trainer.global_step
         self._steps, self._written = steps_of_epoch(trainer) or self._steps, None
-        self._lay_out_cycles(trainer, stage)
+        self._lay_out_cycles(trainer, self.run)
         if self.run.resumed and self._judge is not None:
             self._judge.values = self.cycle_values.setdefault(stage.name, self._judge.values)
         if not self.run.resumed:
@@ -181,17 +181,16 @@ class CosineRestarts(StageCallback):
 
     # --- the schedule ----------------------------------------------------------------------------------------------
 
-    def _lay_out_cycles(self, trainer: pl.Trainer, stage: Stage) -> None:
-        self._course, self._written = None, None
-        planned = self.run is not None and self.run.planned
-        if planned and stage.cycle_len is None:
+    def _lay_out_cycles(self, trainer: pl.Trainer, run: StageRun) -> None:
+        self._course, stage = None, run.stage
+        if run.planned and stage.cycle_len is None:
             return
         if steps_of_epoch(trainer) is None:
             raise MisconfigurationException(
                 "the training data has no length, so cycles cannot be counted in epochs; set "
                 "Trainer(limit_train_batches=...) to the number of batches of an epoch"
             )
-        if planned and stage.cycle_len is not None:
+        if stage.cycle_len is not None:
             self._course = Course.planned(stage.cycle_len, stage.cycle_mult, stage.num_cycles)
             return
         total = epochs_of_fit(trainer, self._steps)
@@ -258,9 +257,8 @@ class CosineRestarts(StageCallback):
         if self.run is None or self._cycle is None:
             return
         # a batch of the epoch may have been skipped: its end is the end
-        ended = trainer.is_last_batch
-        epochs = trainer.current_epoch + 1 - self.run.start_epoch
-        self._note_cycle(trainer, pl_module, Fraction(epochs) if ended else self._place(trainer, to_come=False))
+        place = self.run.epoch(trainer) if trainer.is_last_batch else self._place(trainer, to_come=False)
+        self._note_cycle(trainer, pl_module, place)
 
     def _log_progress(self, trainer: pl.Trainer) -> None:
         if self._course is not None and is_due_to_log(trainer):
@@ -284,14 +282,10 @@ class CosineRestarts(StageCallback):
             player.on_cycle_end(trainer, pl_module, self.run.stage, ended, name)
 
     def _save_snapshot(self, trainer: pl.Trainer, name: str) -> None:
-        folder = report_dir(trainer)
-        if folder is None:
-            return
-        # rank 0's, since ranks may number the folders of their loggers differently
-        path = Path(trainer.strategy.broadcast(folder / "snapshots" / name))
-        save_weights(trainer, path)
-        if path not in self.snapshots:
-            self.snapshots.append(path)
+        path = shared_path(trainer, f"snapshots/{name}")
+        if path is not None:
+            save_weights(trainer, path)
+            self.snapshots = list(dict.fromkeys([*self.snapshots, path]))
 
     # --- until a stage has had enough ------------------------------------------------------------------------------
 
@@ -303,7 +297,7 @@ class CosineRestarts(StageCallback):
         if trainer.sanity_checking or self.run is None:
             return
         value = self._best.validated(trainer, self._monitor.name)
-        stage, judge, epoch = self.run.stage, self._judge, trainer.current_epoch + 1 - self.run.start_epoch
+        stage, judge, epoch = self.run.stage, self._judge, self.run.epoch(trainer)
         if judge is None or value is None:
             return
         if judge.validated(value, epoch, ends_cycle=trainer.is_last_batch and epoch in stage.cycle_ends):
@@ -323,15 +317,14 @@ class CosineRestarts(StageCallback):
     def after_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Goes back to the best of a stage that ends with this validation."""
         if self.run is not None and trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.is_last_batch:
-            epoch = trainer.current_epoch + 1 - self.run.start_epoch
-            self._end_epoch_of(trainer, pl_module, self.run.stage, epoch)
+            self._end_epoch_of(trainer, pl_module, self.run.stage, self.run.epoch(trainer))
 
     def wants_to_end_stage(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> bool:
         """Whether a stage with `until` has had enough."""
         if self.run is None:
             return False
-        epoch = trainer.current_epoch + 1 - self.run.start_epoch
-        self._note_cycle(trainer, pl_module, Fraction(epoch))  # where the epoch was cut short
+        epoch = self.run.epoch(trainer)
+        self._note_cycle(trainer, pl_module, epoch)  # where the epoch was cut short
         if self._judge is None:
             return False
         if stage.until == "overfit" and epoch in stage.cycle_ends and self._best.value_now(trainer) is None:
@@ -348,7 +341,7 @@ class CosineRestarts(StageCallback):
     def _conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
         """Goes back to the best of the stage, if that is not what the module is."""
         best, judge = self._best, self._judge
-        if judge is None or self.run is None:
+        if judge is None or judge.concluded or self.run is None:
             return
         judge.concluded = True
         if best.kept is None or judge.best is None or not best.put_back(trainer, pl_module, judge.best):
@@ -364,8 +357,7 @@ class CosineRestarts(StageCallback):
 
     def on_stage_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
         """Goes back to the best of a stage with `until` that was stopped inside."""
-        if self._judge is not None and not self._judge.concluded:
-            self._conclude(trainer, pl_module, stage)
+        self._conclude(trainer, pl_module, stage)
         self._best.kept = self._judge = None
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

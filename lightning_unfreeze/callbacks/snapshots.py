@@ -13,9 +13,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_unfreeze.callbacks.base import StageCallback, players
-from lightning_unfreeze.inside_lightning.metrics import pin_callback_metrics, unpin_callback_metrics, validate_aside
+from lightning_unfreeze.inside_lightning.metrics import (
+    mean_over_ranks,
+    pin_callback_metrics,
+    unpin_callback_metrics,
+    validate_aside,
+)
 from lightning_unfreeze.inside_lightning.weights import average_of, save_weights, set_tensors, tensors_of
-from lightning_unfreeze.reporting import report_dir, row, show, table_of, write_csv
+from lightning_unfreeze.reporting import report_dir, row, shared_path, show, table_of, write_csv
 from lightning_unfreeze.stages.plan import Stage
 from lightning_unfreeze.stages.soups import greedy_soup, mix
 from lightning_unfreeze.stages.until import Mode, direction, find_monitor, gain
@@ -91,10 +96,9 @@ class BestWeights(StageCallback):
         if self.run is not None and self.run.stage.precompute:
             return
         self._points[name] = tensors_of(pl_module)
-        folder = report_dir(trainer)
-        if folder is None:
+        path = shared_path(trainer, f"path/{name.replace(' ', '')}.pt")
+        if path is None:
             return
-        path = Path(trainer.strategy.broadcast(folder / "path" / f"{name.replace(' ', '')}.pt"))
         self._files[name] = str(path)
         if trainer.is_global_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -180,8 +184,7 @@ class BestWeights(StageCallback):
         if self.monitor is None:
             own = getattr(pl_module, "monitor", None)
             self.monitor = own if isinstance(own, str) and own in logged else find_monitor(logged)
-        value = torch.tensor(logged.get(self.monitor or "", math.nan), device=trainer.strategy.root_device)
-        return float(trainer.strategy.reduce(value, reduce_op="mean")), logged
+        return mean_over_ranks(trainer, logged.get(self.monitor or "", math.nan)), logged
 
     def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule, tensors: Mapping[str, Tensor]) -> None:
         rows = [{"weights": name, str(self.monitor): value} for name, value in self.scores.items()]

@@ -307,7 +307,7 @@ class GradualUnfreeze(Conductor):
         if stopped and self.progress.phase == "announced" and self._index + 1 < len(self.stages):
             rank_zero_info(
                 f"EarlyStopping on {stopper.monitor!r} ends stage {self.stages[self._index].name!r} after "
-                f"{trainer.current_epoch + 1 - self.progress.start_epoch} epochs; the fit goes on"
+                f"{self.current_run(trainer).epoch(trainer)} epochs; the fit goes on"
             )
             self.finish_stage(trainer, trainer.lightning_module, asked_to=True, next_epoch=trainer.current_epoch + 1)
         if self.progress.phase == "idle":  # the next stage waits

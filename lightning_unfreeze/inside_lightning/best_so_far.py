@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lightning_unfreeze.inside_lightning.distributed import broadcast_buffers
-from lightning_unfreeze.inside_lightning.metrics import logged_scalars, pin_callback_metrics
+from lightning_unfreeze.inside_lightning.metrics import logged_scalars, mean_over_ranks, pin_callback_metrics
 from lightning_unfreeze.inside_lightning.weights import (
     KeptWeights,
     keep_weights,
@@ -42,10 +42,8 @@ class BestSoFar:
         A collective call.
         """
         logged = trainer.callback_metrics.get(monitor or "")
-        self.scores, self.value, self.value_step = logged_scalars(trainer), None, trainer.global_step
-        if logged is not None:
-            value = logged.detach().float().to(trainer.strategy.root_device)
-            self.value = float(trainer.strategy.reduce(value, reduce_op="mean"))
+        self.scores, self.value_step = logged_scalars(trainer), trainer.global_step
+        self.value = None if logged is None else mean_over_ranks(trainer, logged)
         return self.value
 
     def value_now(self, trainer: pl.Trainer) -> float | None:

@@ -30,6 +30,12 @@ def logged_scalars(trainer: pl.Trainer) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
 
 
+def mean_over_ranks(trainer: pl.Trainer, value: float | Tensor) -> float:
+    """One value, and so one decision, on all ranks. A collective call."""
+    on_device = torch.as_tensor(value).detach().float().to(trainer.strategy.root_device)
+    return float(trainer.strategy.reduce(on_device, reduce_op="mean"))
+
+
 def pin_callback_metrics(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:
     """From here on `trainer.callback_metrics` is this, whatever the loops have logged of other weights.
 

@@ -9,6 +9,7 @@ from lightning_unfreeze.reporting.run_files import (
     progress_bar,
     report_dir,
     save_figure,
+    shared_path,
     show_on_bar,
 )
 from lightning_unfreeze.reporting.stages import plot_stages
@@ -26,6 +27,7 @@ __all__ = [
     "report_dir",
     "row",
     "save_figure",
+    "shared_path",
     "show",
     "show_on_bar",
     "table_of",

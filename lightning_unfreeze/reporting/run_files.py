@@ -36,6 +36,15 @@ def report_dir(trainer: pl.Trainer) -> Path | None:
     return None
 
 
+def shared_path(trainer: pl.Trainer, name: str) -> Path | None:
+    """A path in the report folder, that of rank 0 on every rank: they may number the folders of their loggers apart.
+
+    A collective call. None where the run keeps no files.
+    """
+    folder = report_dir(trainer)
+    return None if folder is None else Path(trainer.strategy.broadcast(folder / name))
+
+
 def is_due_to_log(trainer: pl.Trainer) -> bool:
     """Whether there are loggers, and the Trainer's own metrics would be logged at this step."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
