@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,8 +19,8 @@ from torch.utils.data import DataLoader
 from lightning_unfreeze.callbacks.base import StageCallback, StageRun, conductor
 from lightning_unfreeze.features.batch_form import NoStoreError
 from lightning_unfreeze.features.estimate import estimate
-from lightning_unfreeze.features.fill import FeaturePass, StoredData, together
-from lightning_unfreeze.features.head_rows import NotLinearError, linear_head, solve_on_stores, why_not_solved
+from lightning_unfreeze.features.fill import FeaturePass, NotFilledError, StoredData, together
+from lightning_unfreeze.features.head_rows import NotLinearError, solve_on_stores, why_not_solved
 from lightning_unfreeze.features.host import Host
 from lightning_unfreeze.features.key import fingerprint_of, transform_fingerprint
 from lightning_unfreeze.features.layout import StoreDtype
@@ -153,35 +152,30 @@ class PrecomputeFeatures(StageCallback):
         if self._stage_index != run.index:
             self._leave_stage()
             self._stage_index = run.index
-        loader, name = make(), run.stage.name
+        loader, name, host = make(), run.stage.name, host_of(trainer)
         if split == "train":
             self._look_ahead(trainer, run, loader)
-            if run.stage.solve == "auto" and (reason := _why_not_linear(trainer)):
+            if run.stage.solve == "auto" and (reason := why_not_solved(host, _head(trainer, run.stage))):
                 run = self._settle(trainer, run, reason)
-        if (run.planned and not run.stage.precompute) or (split == "val" and "train" not in self._stores):
+        if self._is_left_alone(trainer, run, split):
             return loader
-        if split == "val" and (isinstance(trainer.limit_val_batches, int) or trainer.limit_val_batches < 1):
-            return loader  # the pass would read images that are never looked at
-        if split == "train" and self._decided.get(name) == "images":
-            return loader  # a resumed run goes on as it began, whatever a disk says today
-        host, frozen, data, stored = host_of(trainer), conductor(trainer).frozen_roots(), None, None
+        data: ViewedData | None = None
+        stored: StoredData | None = None
         try:
             # the loaders are asked for before the frozen modules are put in eval mode for training
-            with self._stores.set_aside(), in_eval_mode(*frozen):
+            with self._stores.set_aside(), in_eval_mode(*conductor(trainer).frozen_roots()):
                 data = together(host, lambda: self._viewed_data(trainer, host, run, split, loader))
                 if self._decided.get(name) != "views":
                     stored = self._stored_data(trainer, host, run, data)
         except NoStoreError as reason:
             if run.stage.solve is True and split == "train":
                 raise _cannot_solve(run.stage, reason) from None
-            prefix_found = isinstance(reason, _NotFilledError)
-            data = data if prefix_found and split == "train" else None
+            data = data if isinstance(reason, NotFilledError) and split == "train" else None
             rank_zero_warn(f"stage {name!r} reads its {split} images as usual, without stored features: {reason}")
         if split == "train":
             self._decided[name] = "features" if stored is not None else "images" if data is None else "views"
             if run.stage.solve == "auto":
-                head = linear_head(trainer.lightning_module, _trainable(trainer.lightning_module))
-                no_store = "its features are not stored"
+                head, no_store = _head(trainer, run.stage), "its features are not stored"
                 run = self._settle(trainer, run, why_not_solved(host, head, stored) if stored else no_store)
         if stored is None and (data is None or split == "val"):
             return loader
@@ -200,6 +194,16 @@ class PrecomputeFeatures(StageCallback):
             self._source = source
             self._choose_view(trainer, run)
         return feature_loader(loader, source, self.cached_batch_size if split == "train" else None, self.seed)
+
+    def _is_left_alone(self, trainer: pl.Trainer, run: StageRun, split: Literal["train", "val"]) -> bool:
+        """Whether a stage reads the user's own loader, whatever could be stored."""
+        if run.planned and not run.stage.precompute:
+            return True
+        if split == "train":  # a resumed run goes on as it began, whatever a disk says today
+            return self._decided.get(run.stage.name) == "images"
+        # else the pass would read images that are never looked at
+        whole = isinstance(trainer.limit_val_batches, float) and trainer.limit_val_batches >= 1
+        return "train" not in self._stores or not whole
 
     def _settle(self, trainer: pl.Trainer, run: StageRun, reason: str) -> StageRun:
         """Decides whether a stage with `solve="auto"` solves its head, or trains it for a reason, which is said."""
@@ -230,23 +234,22 @@ class PrecomputeFeatures(StageCallback):
             earlier = self._stores.before(work)
             if data.name == "train" and not self._pays(trainer, run, work, earlier):
                 return None
-            stored = self._filled(trainer, work, earlier)
+            stored = work.fill(earlier)
+            rank_zero_info(work.said(earlier))
+            if trainer.local_rank == 0:
+                prune(root, self.max_bytes, keep=[stored.store.directory, *self._stores.directories()])
         if reason:
             rank_zero_info(f"features are taken behind {prefix.boundary!r}, since {reason}")
         return stored
 
     def _look_ahead(self, trainer: pl.Trainer, run: StageRun, loader: Any) -> None:
         """Says, once and before anything trains, which later stages can have no store: what the loaders alone tell."""
-        if self._looked_ahead:
-            return
-        self._looked_ahead, host = True, host_of(trainer)
-        for coming in (replace(run, stage=stage) for stage in run.later if stage.precompute):
-            look = partial(self._checked_views, trainer, coming, "train", loader)
-            try:
-                with kept_rng():  # a data module may draw from it when it is asked for its validation data
-                    together(host, look)
-            except NoStoreError as reason:
-                _say_it_will_read_images(coming.stage, reason)
+        later = [] if self._looked_ahead else [stage for stage in run.later if stage.precompute]
+        self._looked_ahead = True
+        for stage in later:
+            coming = replace(run, stage=stage)
+            with _said_if_it_reads_images(stage):
+                together(host_of(trainer), partial(self._checked_views, trainer, coming, "train", loader))
 
     def _checked_views(
         self, trainer: pl.Trainer, run: StageRun, split: Literal["train", "val"], loader: Any
@@ -276,18 +279,6 @@ class PrecomputeFeatures(StageCallback):
         # nodes may share the folder or not: each keeps stores of its own, so that none waits for another's lock
         return root / f"node_{trainer.node_rank}" if trainer.num_nodes > 1 else root
 
-    def _filled(self, trainer: pl.Trainer, work: FeaturePass, earlier: StoredData | None) -> StoredData:
-        start = time.monotonic()
-        try:
-            stored = work.fill(earlier)
-        except NoStoreError as error:
-            raise _NotFilledError(str(error)) from error
-        rank_zero_info(work.said(earlier, time.monotonic() - start))
-        if trainer.local_rank == 0:
-            in_use = [stored.store.directory, *self._stores.directories()]
-            prune(work.directory.parent, self.max_bytes, keep=in_use)
-        return stored
-
     def _pays(self, trainer: pl.Trainer, run: StageRun, work: FeaturePass, earlier: StoredData | None) -> bool:
         """Whether the pass and the epochs on features take less than the epochs on images."""
         # what the clock says must not change the training: images cannot be read in these ways without a store
@@ -308,7 +299,7 @@ class PrecomputeFeatures(StageCallback):
     def preflight(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stages: Sequence[Stage]) -> None:
         """Refuses to solve a head that is not linear; says what will read images where no fit would say it."""
         for stage in stages:
-            if stage.solve is True and (reason := _why_not_linear(trainer)):
+            if stage.solve is True and (reason := why_not_solved(host_of(trainer), _head(trainer, stage))):
                 raise MisconfigurationException(f"stage {stage.name!r}, solve=True: {reason}")
         stored = [stage for stage in stages if stage.precompute]
         if stored and self._give_back is None:  # `plan` and `fast_dev_run`, which store nothing
@@ -324,13 +315,10 @@ class PrecomputeFeatures(StageCallback):
                 leading.make_ready(trainer, stage)
                 coming = replace(run, stage=stage)
                 look = partial(self._viewed_data, trainer, host, coming, "train", trainer.train_dataloader)
-                try:
-                    with in_eval_mode(*leading.frozen_roots()):
-                        data = together(host, look)
-                        with host.aside(), torch.enable_grad():
-                            _shortcut(trainer, host, data, owners)
-                except NoStoreError as reason:
-                    _say_it_will_read_images(stage, reason)
+                with _said_if_it_reads_images(stage), in_eval_mode(*leading.frozen_roots()):
+                    data = together(host, look)
+                    with host.aside(), torch.enable_grad():
+                        _shortcut(trainer, host, data, owners)
             leading.make_ready(trainer, run.stage)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -348,23 +336,12 @@ class PrecomputeFeatures(StageCallback):
         """Solves the head of a stage that asks for it, if hooks left the frozen part as its features were stored."""
         self._check_frozen_part(stage)
         if stage.solve is True and self.run is not None and not self.run.resumed and "train" in self._stores:
-            self._solve(trainer, pl_module, stage)
-
-    def _solve(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
-        start = time.monotonic()
-        load_validation(trainer)  # its store, where it has one, chooses the ridge
-        try:
-            head = linear_head(pl_module, _trainable(pl_module))
-            solution, num_rows = solve_on_stores(host_of(trainer), head, self._stores)
-        except (NoStoreError, NotLinearError) as reason:
-            raise MisconfigurationException(f"stage {stage.name!r}, solve=True: {reason}") from None
-        solution = trainer.strategy.broadcast(solution)  # equal to the last bit, whatever device a rank has
-        solution.write_to(head)
-        rank_zero_info(
-            f"stage {stage.name!r}: solved, ridge {solution.ridge:.0e}, "
-            f"{'val' if 'val' in self._stores else 'held-out'}_acc {solution.val_acc:.3f}, "
-            f"{time.monotonic() - start:.1f} s ({num_rows} rows)"
-        )
+            load_validation(trainer)  # its store, where it has one, chooses the ridge
+            try:
+                said = solve_on_stores(host_of(trainer), _head(trainer, stage), self._stores)
+            except (NoStoreError, NotLinearError) as reason:
+                raise MisconfigurationException(f"stage {stage.name!r}, solve=True: {reason}") from None
+            rank_zero_info(f"stage {stage.name!r}: {said}")
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Chooses the view of the epoch."""
@@ -410,7 +387,7 @@ class PrecomputeFeatures(StageCallback):
             ask_for_loaders_again(trainer)
         self._check_frozen_part(stage)
         if stage.solve is True:  # its rates are 0, and the moments that its steps left are of no later use
-            for parameter in _trainable(pl_module):
+            for parameter in _head(trainer, stage):
                 trainer.optimizers[0].state.pop(parameter, None)
         self._leave_stage()
 
@@ -476,19 +453,11 @@ def _shortcut(trainer: pl.Trainer, host: Host, data: ViewedData, owners: list[An
     return together(host, lambda: find_shortcut(host, data))
 
 
-def _why_not_linear(trainer: pl.Trainer) -> str:
-    """Why the head of a plan cannot be solved, as far as its layers tell; empty where it can."""
-    leading: Any = conductor(trainer)  # a plan's, which has layer groups
-    *_, head = leading.groups.values()
-    try:
-        linear_head(trainer.lightning_module, head.parameters())
-    except NotLinearError as reason:
-        return str(reason)
-    return ""
-
-
-def _trainable(module: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+def _head(trainer: pl.Trainer, stage: Stage) -> set[nn.Parameter]:
+    """What a stage that may solve its head would train instead."""
+    leading: Any = conductor(trainer)  # a plan's: without one no stage asks for that
+    parameters: set[nn.Parameter] = leading.what_trains.parameters(stage)
+    return parameters
 
 
 def _cannot_solve(stage: Stage, reason: NoStoreError) -> MisconfigurationException:
@@ -497,11 +466,13 @@ def _cannot_solve(stage: Stage, reason: NoStoreError) -> MisconfigurationExcepti
     )
 
 
-def _say_it_will_read_images(stage: Stage, reason: NoStoreError) -> None:
-    if stage.solve is True:
-        raise _cannot_solve(stage, reason) from None
-    rank_zero_warn(f"stage {stage.name!r} will read its images as usual, without stored features: {reason}")
-
-
-class _NotFilledError(NoStoreError):
-    """There is a shortcut, and no place or no time for its features."""
+@contextmanager
+def _said_if_it_reads_images(stage: Stage) -> Iterator[None]:
+    """What looks at a stage before it starts; the random state is put back, and a reason against a store is said."""
+    try:
+        with kept_rng():  # a data module may draw from it when it is asked for its validation data
+            yield
+    except NoStoreError as reason:
+        if stage.solve is True:
+            raise _cannot_solve(stage, reason) from None
+        rank_zero_warn(f"stage {stage.name!r} will read its images as usual, without stored features: {reason}")

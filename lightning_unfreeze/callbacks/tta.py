@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
@@ -33,7 +32,9 @@ from lightning_unfreeze.tta.views import (
     View,
     beta_weights,
     extra_views,
+    merge_snapshots,
     merge_views,
+    spread,
     uncertainty,
     view_functions,
 )
@@ -148,7 +149,7 @@ class TTAEval(StageCallback):
             raise ValueError(f"beta={beta!r} weighs the plain view, but merge={merge!r} has no such weight")
         if augmentation is not None and not self.random:
             raise ValueError("augmentation draws the views of views='random'; for other views pass them as a list")
-        self._beta_weights = beta_weights(beta, self.num_views)
+        self._merge = functools.partial(merge_snapshots, method=merge, weights=beta_weights(beta, self.num_views))
         self.merge, self.chunk_size, self.on, self.every = merge, chunk_size, tuple(on), every
         self.forward, self.activation, self.target, self.crop_px = forward, activation, target, crop_px
         self.augmentation, self.seed, self.figure = augmentation, seed, figure
@@ -202,20 +203,11 @@ class TTAEval(StageCallback):
             return
         self._collect(trainer, pl_module, batch, dataloader_idx)
         bar = trainer.progress_bar_callback
-        if batch_idx == 0 and isinstance(bar, TQDMProgressBar) and bar.is_enabled and not self._trying:
+        says = isinstance(bar, TQDMProgressBar) and bar.is_enabled and trainer.validating
+        if batch_idx == 0 and says and not self._trying:
             bar.val_progress_bar.set_description(f"{bar.validation_description} + TTA ({self.num_views} views)")
 
-    def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Runs the other views of the batch."""
-        self._collect(trainer, pl_module, batch, dataloader_idx)
+    on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Computes and logs the metrics."""
@@ -379,11 +371,6 @@ class TTAEval(StageCallback):
             self._activation = loader.activation if target is not None else self._activation
         return answers
 
-    def _merge(self, logits: Tensor, activation: Activation) -> Tensor:
-        copies = len(logits) // self.num_views  # the views of each snapshot; none while random views are tried
-        weights = None if self._beta_weights is None or not copies else torch.tensor(self._beta_weights * copies)
-        return merge_views(logits, self.merge, weights, activation)
-
     def _collect(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, dataloader_idx: int) -> None:
         if self._pass is None or self._failure or (self._trying and self._pass.loaders[dataloader_idx].rows):
             return
@@ -393,7 +380,7 @@ class TTAEval(StageCallback):
             loader = self._pass.loaders[dataloader_idx]
             activation, logits = loader.activation or "softmax", answers.logits
             target = shape_target(target, logits.shape[-1], activation)
-            plain, merged = merge_views(logits[:1], activation=activation), self._merge(logits, activation)
+            plain, merged = merge_views(logits[:1], activation=activation), self._merge(logits, activation=activation)
             rows = {"index": answers.index, "target": target, "plain": plain, "merged": merged}
             rows |= uncertainty(logits, activation)
             loader.add(rows, answers.images if self.figure and not self._trying else None)
@@ -401,12 +388,8 @@ class TTAEval(StageCallback):
     def _predict(self, trainer: pl.Trainer, pl_module: pl.LightningModule, dataloader_idx: int) -> dict[str, Tensor]:
         answers = self._answers(trainer, pl_module, None, dataloader_idx)
         activation = (self._pass and self._pass.loaders[dataloader_idx].activation) or "softmax"
-        per_view = answers.logits.softmax(-1) if activation == "softmax" else answers.logits.sigmoid()
-        return {
-            "probs": self._merge(answers.logits, activation).exp(),
-            "spread": per_view.std(0, correction=0),
-            "index": answers.index,
-        }
+        probs = self._merge(answers.logits, activation=activation).exp()
+        return {"probs": probs, "spread": spread(answers.logits, activation), "index": answers.index}
 
     # --- the whole set ---------------------------------------------------------------------------------------------
 

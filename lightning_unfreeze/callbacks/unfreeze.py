@@ -37,7 +37,7 @@ from lightning_unfreeze.inside_lightning.distributed import (
 from lightning_unfreeze.inside_lightning.image_size import check_image_sizes, refuse_fixed_image_size, set_image_size
 from lightning_unfreeze.inside_lightning.resume import ResumePoint, resume_point, staged_state
 from lightning_unfreeze.inside_lightning.schedulers import refuse_or_replace_schedulers
-from lightning_unfreeze.inside_lightning.stopping import early_stoppers, follow, has_stopped, start_afresh, unfollow
+from lightning_unfreeze.inside_lightning.stopping import follow, has_stopped, start_afresh, unfollow, why_ended
 from lightning_unfreeze.inside_lightning.writers import PlanWatch
 from lightning_unfreeze.layers.groups import LayerGroup, layer_groups
 from lightning_unfreeze.layers.modes import FrozenModes
@@ -46,7 +46,7 @@ from lightning_unfreeze.reporting import clear_bar, how_to_go_on, log_hyperparam
 from lightning_unfreeze.seeding import kept_rng, rng_state, seed_all, set_rng_state
 from lightning_unfreeze.stages.journal import StageJournal
 from lightning_unfreeze.stages.plan import Stage, check_plan, image_sizes, plan_epochs, sets_rates, unserved
-from lightning_unfreeze.stages.progress import Progress
+from lightning_unfreeze.stages.progress import Progress, settled_as
 from lightning_unfreeze.stages.what_trains import WhatTrains
 
 
@@ -142,8 +142,8 @@ class GradualUnfreeze(Conductor):
         refuse_fixed_image_size(trainer, image_sizes(self.stages))
         self._set_max_epochs(trainer)
         one_order_on_all_ranks(trainer, lambda epoch: ("order", self.progress.seed or 0, epoch))
-        for stopper in early_stoppers(trainer) if self.early_stopping == "stage" else ():
-            follow(stopper, lambda fired: self._end_by_early_stopping(trainer, fired))
+        if self.early_stopping == "stage":
+            follow(trainer, lambda stopper: self._end_by_early_stopping(trainer, stopper))
         # a module that builds its network in `configure_model` is looked at in `on_fit_start`, when it is there
         if not is_overridden("configure_model", pl_module):
             self._find_groups(pl_module)
@@ -218,8 +218,11 @@ class GradualUnfreeze(Conductor):
     def settle(self, trainer: pl.Trainer, *, solved: bool) -> StageRun:
         """Has the current stage, with `solve="auto"`, solve its head or train it from here on."""
         self.stages[self._index] = self.stages[self._index].settled(solved=solved)
-        trainer.fit_loop.max_epochs = self.progress.start_epoch + plan_epochs(self.stages[self._index :])
+        self._expect_end(trainer)
         return self.current_run(trainer)
+
+    def _expect_end(self, trainer: pl.Trainer) -> None:
+        trainer.fit_loop.max_epochs = self.progress.start_epoch + plan_epochs(self.stages[self._index :])
 
     @property
     def groups(self) -> dict[str, LayerGroup]:
@@ -324,31 +327,21 @@ class GradualUnfreeze(Conductor):
         if self._index + 1 < len(self.stages):
             self.progress = self.progress.next(next_epoch, trainer.global_step)
             self._set_image_size(trainer, self.stages[self._index])
-            trainer.fit_loop.max_epochs = next_epoch + plan_epochs(self.stages[self._index :])
+            self._expect_end(trainer)
         elif asked_to:
             self.progress = self.progress.finish()
             trainer.fit_loop.max_epochs = next_epoch
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Prints the table of the stages and writes `stages.csv` and `stages.png` beside the checkpoints."""
+        """Prints and writes the table of the stages, and names those that did not run."""
         stopped = self.progress.phase == "announced"
         super().on_train_end(trainer, pl_module)
         if stopped:
             self._close_row(trainer, trainer.current_epoch)
         self.journal.write(trainer)
-        self._name_what_is_left(trainer)
-
-    def _name_what_is_left(self, trainer: pl.Trainer) -> None:
-        at = self.progress
-        left = [stage.name for stage in self.stages[at.index + (at.phase != "idle") :]]
-        if not left or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        why = [f"EarlyStopping on {stopper.monitor!r}" for stopper in early_stoppers(trainer) if stopper.stopped_epoch]
-        advice = "; GradualUnfreeze(early_stopping='stage') lets it end its stage alone" if why else ""
-        rank_zero_info(
-            f"the fit ended after {trainer.current_epoch} epochs{' by ' + ' and '.join(why) if why else ''}; "
-            f"stages that did not run: {', '.join(left)}{advice}"
-        )
+        left = [stage.name for stage in self.stages[self._index + (self.progress.phase != "idle") :]]
+        if left and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_info(f"{why_ended(trainer)}; stages that did not run: {', '.join(left)}")
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Closes the fit with one summary: which file holds which weights, and what they score."""
@@ -363,7 +356,6 @@ class GradualUnfreeze(Conductor):
             self.journal.write(trainer)
             rank_zero_info(f"interrupted in stage {self.stages[self._index].name!r}; {how_to_go_on(trainer)}")
         self._let_go(trainer)
-        self._modes.end()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leaves `requires_grad` as the last stage had it; train/eval modes and the progress bar as they were."""
@@ -371,14 +363,13 @@ class GradualUnfreeze(Conductor):
         self._let_go(trainer)
         if stage == "fit":
             self._set_image_size(trainer, None)
-        self._modes.end()
         self._loaded, self._resume = None, None
 
     def _let_go(self, trainer: pl.Trainer) -> None:
         clear_bar(trainer)
-        for stopper in early_stoppers(trainer):
-            unfollow(stopper)
+        unfollow(trainer)
         own_order_on_each_rank(trainer)
+        self._modes.end()
         self._watch = None
 
     # --- what there is to look at ------------------------------------------------------------------------------------
@@ -440,16 +431,8 @@ class GradualUnfreeze(Conductor):
         self._resume = resume_point(trainer, checkpoint["loops"]["fit_loop"])
 
     def _take_over(self, trainer: pl.Trainer, state: dict[str, Any]) -> None:
-        ours = self.what_trains.parameter_names()
-        if state["groups"] != ours:
-            changed = sorted(name for name in {*ours, *state["groups"]} if ours.get(name) != state["groups"].get(name))
-            raise MisconfigurationException(
-                f"the checkpoint's layer groups differ from the module's in {changed}; resume with the same module"
-            )
-        for index, (stage, before) in enumerate(zip(self.stages, state["plan"], strict=False)):
-            if stage.solve == "auto":
-                became = [stage.settled(solved=solved) for solved in (True, False)]
-                self.stages[index] = next((one for one in became if asdict(one) == before), stage)
+        self.what_trains.check_same_groups(state["groups"])
+        self.stages = settled_as(state["plan"], self.stages)
         self.progress = Progress.from_dict(state)
         self.journal.load_state_dict(state["journal"])
         try:
@@ -461,6 +444,6 @@ class GradualUnfreeze(Conductor):
         if difference:
             name = self.stages[self._index].name
             rank_zero_info(f"the plan has changed ({difference}); going on in stage {name!r}")
-        trainer.fit_loop.max_epochs = self.progress.start_epoch + plan_epochs(self.stages[self._index :])
+        self._expect_end(trainer)
         if self.progress.over and self._resume is not None:  # the last stage ended before its time
             trainer.fit_loop.max_epochs = self._resume.next_epoch

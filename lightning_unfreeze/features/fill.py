@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -46,6 +47,10 @@ def together(host: Host, action: Callable[[], _Value]) -> _Value:
     if messages:
         raise NoStoreError(messages[0]) from failure
     return value
+
+
+class NotFilledError(NoStoreError):
+    """There is a shortcut, and no place or no time for its features."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,7 @@ class FeaturePass:
             tensors[name] = TensorSpec.like(torch.empty(1, *shape, dtype=prefix.dtypes[name]), dtype)
         self.layout = StoreLayout(key, len(data.views[0]), tensors, len(data.views))
         self.directory = root / f"{key[:24]}-{data.name}"
+        self._began = time.monotonic()
 
     def open(self) -> tuple[StoredData | None, str]:
         """The finished store if it is there and true, else None; and why one that is there is not used.
@@ -138,8 +144,9 @@ class FeaturePass:
         """Fills the store and opens it; where another run is filling it, waits for that one.
 
         Raises:
-            NoStoreError: What went wrong on the first rank that failed.
+            NotFilledError: What went wrong on the first rank that failed.
         """
+        self._began = time.monotonic()
         writers: list[FeatureWriter] = []
 
         def new_writer() -> None:
@@ -156,16 +163,17 @@ class FeaturePass:
                 together(self.host, lambda: None if first else new_writer())
                 together(self.host, lambda: self._fill_rows(writers[0], earlier))
                 together(self.host, lambda: writers[0].finalize() if first else None)
-        except NoStoreError:
+            fingerprint = self.layout.fingerprint
+            store = together(self.host, lambda: FeatureStore.open(self.directory, fingerprint=fingerprint))
+        except NoStoreError as error:
             for writer in writers:
                 writer.discard()
-            raise
-        fingerprint = self.layout.fingerprint
-        return self._stored(together(self.host, lambda: FeatureStore.open(self.directory, fingerprint=fingerprint)))
+            raise NotFilledError(str(error)) from error
+        return self._stored(store)
 
-    def said(self, earlier: StoredData | None, duration_seconds: float) -> str:
-        """What filling took, in words."""
-        images, duration = self.layout.num_rows * self.layout.num_views, max(duration_seconds, 1e-9)
+    def said(self, earlier: StoredData | None) -> str:
+        """What the filling that has just ended took, in words."""
+        images, duration = self.layout.num_rows * self.layout.num_views, max(time.monotonic() - self._began, 1e-9)
         return (
             f"features of {images} {self.data.name} images {'from the store before' if earlier else 'computed'} behind "
             f"{self.prefix.boundary!r}: {duration:.1f} s, {images / duration:.0f} images/s, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from lightning_unfreeze.features.batch_form import NoStoreError
 from lightning_unfreeze.features.fill import StoredData, together
 from lightning_unfreeze.features.host import Host
 from lightning_unfreeze.features.serve import FeatureDataset
-from lightning_unfreeze.features.solve import HeadRows, Kind, Solution, solve_head
+from lightning_unfreeze.features.solve import HeadRows, Kind, solve_head
 
 _ROWS_AT_ONCE = 512
 _ROWS_TO_LOOK_AT = 8
@@ -81,36 +82,54 @@ def head_rows(run: Callable[[Any], Any], head: nn.Linear, batches: Iterable[Any]
     )
 
 
-def solve_on_stores(host: Host, head: nn.Linear, stores: Mapping[str, StoredData]) -> tuple[Solution, int]:
-    """The head solved on the features of all views, the ridge chosen on `"val"` where there is one, and on how many.
+def solve_on_stores(host: Host, trainable: Iterable[nn.Parameter], stores: Mapping[str, StoredData]) -> str:
+    """Solves the head on the features of all views, the ridge chosen on `"val"` where there is one; what came out.
 
     A collective call.
 
     Args:
         host: Its step, on stored features, is what the head's rows and targets are caught in.
-        head: What is solved; it is left as it is.
+        trainable: The parameters that would train instead, those of the head.
         stores: By `"train"` and `"val"`.
 
     Raises:
         NoStoreError: As `head_rows`, on all ranks alike.
+        NotLinearError: As `linear_head`.
     """
+    start, head = time.monotonic(), linear_head(host.network, trainable)
     rows: dict[str, HeadRows] = {}
     with host.aside():
         host.network.eval()
         for split, stored in stores.items():
             rows[split] = together(host, partial(_stored_rows, host, head, stored))
-    train, val = rows["train"], rows.get("val")
-    return solve_head(train, val, num_classes=head.out_features, device=host.device), len(train.features)
+    solution = solve_head(rows["train"], rows.get("val"), num_classes=head.out_features, device=host.device)
+    solution = host.gather(solution)[0]  # equal to the last bit, whatever device a rank has
+    solution.write_to(head)
+    judged = "val" if "val" in rows else "held-out"
+    return (
+        f"solved, ridge {solution.ridge:.0e}, {judged}_acc {solution.val_acc:.3f}, "
+        f"{time.monotonic() - start:.1f} s ({len(rows['train'].features)} rows)"
+    )
 
 
-def why_not_solved(host: Host, head: nn.Linear, stored: StoredData) -> str:
-    """What `solve_on_stores` would refuse, from a look at a few rows; empty where it would solve. A collective call."""
-    with host.aside():
-        host.network.eval()
-        try:
-            together(host, partial(_stored_rows, host, head, stored, num_rows=_ROWS_TO_LOOK_AT))
-        except NoStoreError as reason:
-            return str(reason)
+def why_not_solved(host: Host, trainable: Iterable[nn.Parameter], stored: StoredData | None = None) -> str:
+    """What `solve_on_stores` would refuse; empty where it would solve.
+
+    A collective call.
+
+    Args:
+        host: As in `solve_on_stores`.
+        trainable: As in `solve_on_stores`.
+        stored: A few of its rows are looked at; without it the layers alone are.
+    """
+    try:
+        head = linear_head(host.network, trainable)
+        if stored is not None:
+            with host.aside():
+                host.network.eval()
+                together(host, partial(_stored_rows, host, head, stored, num_rows=_ROWS_TO_LOOK_AT))
+    except (NoStoreError, NotLinearError) as reason:
+        return str(reason)
     return ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,6 +22,13 @@ def has_stopped(stopper: EarlyStopping, epoch: int) -> bool:
     return stopper.stopped_epoch == epoch and getattr(stopper, "stopping_reason_message", "") is not None
 
 
+def why_ended(trainer: pl.Trainer) -> str:
+    """After how many epochs a fit ended before its plan, whether an `EarlyStopping` did it, and what to do then."""
+    by = [f"EarlyStopping on {stopper.monitor!r}" for stopper in early_stoppers(trainer) if stopper.stopped_epoch]
+    advice = " (GradualUnfreeze(early_stopping='stage') lets it end its stage alone)" if by else ""
+    return f"the fit ended after {trainer.current_epoch} epochs{' by ' + ' and '.join(by) if by else ''}{advice}"
+
+
 def start_afresh(stopper: EarlyStopping) -> None:
     """Has it judge the coming epochs as if the fit began there; its own options stay.
 
@@ -33,21 +41,24 @@ def start_afresh(stopper: EarlyStopping) -> None:
     stopper.load_state_dict({name: fresh.get(name, value) for name, value in state.items()})
 
 
-def follow(stopper: EarlyStopping, then: Callable[[EarlyStopping], None]) -> None:
-    """Calls `then` right after its judgement of an epoch, and so before the checkpoint of that epoch.
+def follow(trainer: pl.Trainer, then: Callable[[EarlyStopping], None]) -> None:
+    """Calls `then` right after each one's judgement of an epoch, and so before the checkpoint of that epoch.
 
-    Lightning calls it after all other callbacks and after the module; checkpoints follow. On the object itself, until
-    `unfollow`.
+    Lightning calls them after all other callbacks and after the module; checkpoints follow. On the objects themselves,
+    until `unfollow`.
     """
-    judge = stopper.on_train_epoch_end
-
-    def judge_and_follow(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        judge(trainer, pl_module)
-        then(stopper)
-
-    vars(stopper)["on_train_epoch_end"] = judge_and_follow
+    for stopper in early_stoppers(trainer):
+        vars(stopper)["on_train_epoch_end"] = partial(_judge_and_follow, stopper.on_train_epoch_end, then, stopper)
 
 
-def unfollow(stopper: EarlyStopping) -> None:
+def _judge_and_follow(
+    judge: Callable[..., None], then: Callable[[EarlyStopping], None], stopper: EarlyStopping, *arguments: Any
+) -> None:
+    judge(*arguments)
+    then(stopper)
+
+
+def unfollow(trainer: pl.Trainer) -> None:
     """Undoes `follow`."""
-    vars(stopper).pop("on_train_epoch_end", None)
+    for stopper in early_stoppers(trainer):
+        vars(stopper).pop("on_train_epoch_end", None)

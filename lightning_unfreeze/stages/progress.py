@@ -128,6 +128,16 @@ class Progress:
         return replace(self, phase=after)
 
 
+def settled_as(before: Sequence[Mapping[str, Any]], stages: Sequence[Stage]) -> list[Stage]:
+    """The stages, those with `solve="auto"` as the plan of a checkpoint says that they came out."""
+    settled = list(stages)
+    for index, (stage, row) in enumerate(zip(stages, before, strict=False)):
+        if stage.solve == "auto":
+            became = [stage.settled(solved=solved) for solved in (True, False)]
+            settled[index] = next((one for one in became if asdict(one) == row), stage)
+    return settled
+
+
 def plan_difference(old: Sequence[Mapping[str, Any]], new: Sequence[Stage]) -> str:
     """How a plan differs from that of a checkpoint, `""` where it does not."""
     if [row["name"] for row in old] != [stage.name for stage in new]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +78,19 @@ class WhatTrains:
                     f"stage {stage.name!r}: precompute=True stores what the frozen part gives, but the first layer "
                     f"group {first!r} trains; set precompute=False or train fewer groups"
                 )
+
+    def check_same_groups(self, before: Mapping[str, Sequence[str]]) -> None:
+        """Holds the layer groups against those of a checkpoint, as `parameter_names` gave them.
+
+        Raises:
+            MisconfigurationException: Naming those that differ.
+        """
+        ours = self.parameter_names()
+        changed = sorted(name for name in {*ours, *before} if ours.get(name) != before.get(name))
+        if changed:
+            raise MisconfigurationException(
+                f"the checkpoint's layer groups differ from the module's in {changed}; resume with the same module"
+            )
 
     def freeze(self, module: nn.Module, stage: Stage, *, train_bn: bool) -> list[nn.Module]:
         """Sets `requires_grad`, and drops gradients of what is frozen; returns the modules to keep in eval mode."""

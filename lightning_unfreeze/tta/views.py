@@ -240,6 +240,26 @@ def merge_views(
     return merged[..., 1] if activation == "sigmoid" else merged
 
 
+def merge_snapshots(
+    logits: Tensor, method: Merge, weights: Sequence[float] | None, activation: Activation = "softmax"
+) -> Tensor:
+    """`merge_views` of the views of one or several snapshots, `(S * V, N, C)`; weights are of the V views of each.
+
+    >>> two_snapshots = torch.tensor([[[0.9, 0.1]], [[0.5, 0.5]]] * 2).log()
+    >>> merge_snapshots(two_snapshots, "mean", [0.75, 0.25]).exp()
+    tensor([[0.8000, 0.2000]])
+    """
+    # there is but the plain view while random ones are tried
+    of_all = None if weights is None else [*weights] * (len(logits) // len(weights))
+    return merge_views(logits, method, torch.tensor(of_all) if of_all else None, activation)
+
+
+def spread(logits: Tensor, activation: Activation = "softmax") -> Tensor:
+    """Standard deviation `(N, C)` of the probabilities over the views, of logits `(V, N, C)`."""
+    probs = logits.softmax(-1) if activation == "softmax" else logits.sigmoid()
+    return probs.std(0, correction=0)
+
+
 def uncertainty(logits: Tensor, activation: Activation = "softmax") -> dict[str, Tensor]:
     """How far the views agree, per sample; entropies in nats, for the sigmoid summed over the labels.
 
