@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -14,7 +13,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
-from torch.utils.data import DataLoader
 
 from lightning_unfreeze.callbacks.base import StageCallback, StageRun, conductor
 from lightning_unfreeze.features.batch_form import NoStoreError
@@ -22,7 +20,6 @@ from lightning_unfreeze.features.estimate import estimate
 from lightning_unfreeze.features.fill import FeaturePass, NotFilledError, StoredData, together
 from lightning_unfreeze.features.head_rows import NotLinearError, solve_on_stores, why_not_solved
 from lightning_unfreeze.features.host import Host
-from lightning_unfreeze.features.key import fingerprint_of, transform_fingerprint
 from lightning_unfreeze.features.layout import StoreDtype
 from lightning_unfreeze.features.opened import OpenStores
 from lightning_unfreeze.features.prefix import FrozenPrefix
@@ -30,21 +27,16 @@ from lightning_unfreeze.features.resident import PLACES, resident
 from lightning_unfreeze.features.serve import FeatureDataset, StoredBatch, ViewBatches, feature_loader
 from lightning_unfreeze.features.shortcut import check_step, find_shortcut
 from lightning_unfreeze.features.store import prune
-from lightning_unfreeze.features.viewed import ViewedData, check_loader, plain_dataset, training_views, view_data
+from lightning_unfreeze.features.viewed import ViewedData, view_data
 from lightning_unfreeze.inside_lightning.clashes import refuse_scheduler_by_step
-from lightning_unfreeze.inside_lightning.host import host_of
-from lightning_unfreeze.inside_lightning.loaders import (
-    answer_for_loaders,
-    ask_for_loaders_again,
-    load_validation,
-    own_validation_loader,
-)
+from lightning_unfreeze.inside_lightning.host import host_of, views_of
+from lightning_unfreeze.inside_lightning.loaders import answer_for_loaders, ask_for_loaders_again, load_validation
 from lightning_unfreeze.inside_lightning.transfer import (
-    handed_batches,
+    hooks_fingerprint,
     pass_transfer_hooks,
-    transfer_hooks,
     use_transfer_hooks,
     who_changes_batches,
+    who_may_change_batches,
 )
 from lightning_unfreeze.layers.modes import in_eval_mode
 from lightning_unfreeze.seeding import kept_rng
@@ -164,7 +156,7 @@ class PrecomputeFeatures(StageCallback):
         try:
             # the loaders are asked for before the frozen modules are put in eval mode for training
             with self._stores.set_aside(), in_eval_mode(*conductor(trainer).frozen_roots()):
-                data = together(host, lambda: self._viewed_data(trainer, host, run, split, loader))
+                data = together(host, lambda: self._viewed_data(trainer, host, run.stage, split, loader))
                 if self._decided.get(name) != "views":
                     stored = self._stored_data(trainer, host, run, data)
         except NoStoreError as reason:
@@ -182,6 +174,7 @@ class PrecomputeFeatures(StageCallback):
         source: FeatureDataset | ViewBatches
         if stored is not None:
             self._stores[split] = stored
+            stored.prefix.suspects = who_may_change_batches(_owners(trainer))
             # each rank for itself, since they read the same
             held, said = resident(stored.store, host.device, self.place, stored.data.form.text_names, self.memory_share)
             if said:
@@ -247,31 +240,19 @@ class PrecomputeFeatures(StageCallback):
         later = [] if self._looked_ahead else [stage for stage in run.later if stage.precompute]
         self._looked_ahead = True
         for stage in later:
-            coming = replace(run, stage=stage)
             with _said_if_it_reads_images(stage):
-                together(host_of(trainer), partial(self._checked_views, trainer, coming, "train", loader))
+                together(host_of(trainer), partial(self._views, trainer, stage, "train", loader))
 
-    def _checked_views(
-        self, trainer: pl.Trainer, run: StageRun, split: Literal["train", "val"], loader: Any
-    ) -> tuple[DataLoader[Any], list[Any]]:
-        """The loader and the dataset of each view, view 0 first, if they can be stored; no sample is read."""
-        loader = check_loader(loader, in_order=split == "val")
-        dataset = plain_dataset(loader)
-        if trainer.overfit_batches:  # type: ignore[attr-defined]
-            raise NoStoreError("overfit_batches reads a few images only")
-        if split == "val":
-            return loader, [dataset]
+    def _views(self, trainer: pl.Trainer, stage: Stage, split: Literal["train", "val"], loader: Any) -> list[Any]:
+        """The dataset of each view, if they can be stored; no sample is read."""
         # views beyond the number of epochs would never be read
-        num_views = self.num_views if run.stage.solve else min(self.num_views, run.stage.num_epochs)
-        return loader, training_views(
-            dataset, num_views, self.eval_transform, lambda: getattr(own_validation_loader(trainer), "dataset", None)
-        )
+        num_views = self.num_views if stage.solve else min(self.num_views, stage.num_epochs)
+        return views_of(trainer, split, loader, num_views, self.eval_transform)
 
     def _viewed_data(
-        self, trainer: pl.Trainer, host: Host, run: StageRun, split: Literal["train", "val"], loader: Any
+        self, trainer: pl.Trainer, host: Host, stage: Stage, split: Literal["train", "val"], loader: Any
     ) -> ViewedData:
-        loader, views = self._checked_views(trainer, run, split, loader)
-        feeding = fingerprint_of(hooks=[transform_fingerprint(hook) for hook in transfer_hooks(trainer)])
+        views, feeding = self._views(trainer, stage, split, loader), hooks_fingerprint(trainer)
         return view_data(host, split, loader, views, self.seed, self.data_fingerprint, feeding)
 
     def _root(self, trainer: pl.Trainer) -> Path:
@@ -313,8 +294,7 @@ class PrecomputeFeatures(StageCallback):
             trainer.fit_loop.setup_data()
             for stage in stages:
                 leading.make_ready(trainer, stage)
-                coming = replace(run, stage=stage)
-                look = partial(self._viewed_data, trainer, host, coming, "train", trainer.train_dataloader)
+                look = partial(self._viewed_data, trainer, host, stage, "train", trainer.train_dataloader)
                 with _said_if_it_reads_images(stage), in_eval_mode(*leading.frozen_roots()):
                     data = together(host, look)
                     with host.aside(), torch.enable_grad():
@@ -357,7 +337,7 @@ class PrecomputeFeatures(StageCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Opens the shortcut, for the step and its backward."""
-        self._open(trainer, "train", batch)
+        self._stores.open_for("train", batch)
 
     def on_train_batch_end(self, *_: Any, **__: Any) -> None:
         """Closes the shortcut."""
@@ -368,7 +348,7 @@ class PrecomputeFeatures(StageCallback):
     ) -> None:
         """Opens the shortcut, for stored validation batches."""
         if not trainer.sanity_checking:
-            self._open(trainer, "val", batch)
+            self._stores.open_for("val", batch)
 
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
         """Closes the shortcut."""
@@ -408,20 +388,8 @@ class PrecomputeFeatures(StageCallback):
         self._detach(pl_module)
 
     def _check_frozen_part(self, stage: Stage) -> None:
-        if "train" in self._stores and not self._stores["train"].is_current():
-            raise MisconfigurationException(
-                f"stage {stage.name!r}: weights or buffers of the frozen part were changed (by a hook of the module, "
-                "or another callback?) after its features were stored, so the stage trains on features of another "
-                "network; change them before `fit`, or set precompute=False"
-            )
-
-    def _open(self, trainer: pl.Trainer, split: str, batch: Any) -> None:
-        if split not in self._stores:
-            return
-        hook = "on_train_batch_start" if split == "train" else "on_validation_batch_start"
-        owners = handed_batches(_owners(trainer), hook)
-        suspects = ["the step", *(f"{hook} of {type(owner).__name__}" for owner in owners)]
-        self._stores.open_for(split, batch, " or ".join(suspects))
+        if reason := self._stores.stale():
+            raise MisconfigurationException(f"stage {stage.name!r}: {reason}")
 
     def _leave_stage(self) -> None:
         self._stores.end_stage()
@@ -447,10 +415,13 @@ def _shortcut(trainer: pl.Trainer, host: Host, data: ViewedData, owners: list[An
     Raises:
         NoStoreError: If there is none, on all ranks alike.
     """
-    writer = together(host, lambda: who_changes_batches(trainer, owners, data.fed, data.holds_same_images))
-    if writer:
-        raise NoStoreError(f"{writer} changes the batch, which is to be done to images, not to features")
-    return together(host, lambda: find_shortcut(host, data))
+
+    def find() -> tuple[FrozenPrefix, str]:
+        if writer := who_changes_batches(trainer, owners, data.fed, data.holds_same_images):
+            raise NoStoreError(f"{writer} changes the batch, which is to be done to images, not to features")
+        return find_shortcut(host, data)
+
+    return together(host, find)
 
 
 def _head(trainer: pl.Trainer, stage: Stage) -> set[nn.Parameter]:

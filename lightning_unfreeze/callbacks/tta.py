@@ -203,8 +203,8 @@ class TTAEval(StageCallback):
             return
         self._collect(trainer, pl_module, batch, dataloader_idx)
         bar = trainer.progress_bar_callback
-        says = isinstance(bar, TQDMProgressBar) and bar.is_enabled and trainer.validating
-        if batch_idx == 0 and says and not self._trying:
+        first = batch_idx == 0 and trainer.validating and not self._trying
+        if first and isinstance(bar, TQDMProgressBar) and bar.is_enabled:
             bar.val_progress_bar.set_description(f"{bar.validation_description} + TTA ({self.num_views} views)")
 
     on_test_batch_end = on_validation_batch_end

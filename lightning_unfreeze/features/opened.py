@@ -20,23 +20,32 @@ class OpenStores(dict[str, StoredData]):
         super().__init__()
         self.earlier: list[StoredData] = []
 
-    def open_for(self, split: str, batch: Any, suspects: str) -> None:
-        """Has the network take the features of this batch, until `close`.
+    def open_for(self, split: str, batch: Any) -> None:
+        """Has the network take the features of this batch, until `close`; harmless where there is no store.
 
         Args:
             split: Whose batch it is.
             batch: As the step gets it, with what stands in for the images.
-            suspects: Who may have changed it on the way, for the error.
         """
-        stored = self[split]
-        stored.prefix.remove()  # a batch that another callback skipped had no end
-        stored.prefix.suspects = suspects
-        stored.prefix.install(stored.data.form.images(batch))
+        stored = self.get(split)
+        if stored is not None:
+            stored.prefix.remove()  # a batch that another callback skipped had no end
+            stored.prefix.install(stored.data.form.images(batch))
 
     def close(self, split: str) -> None:
         """Has the network take images again; harmless where it does."""
         if split in self:
             self[split].prefix.remove()
+
+    def stale(self) -> str:
+        """Why the features of the present stage are those of another network; empty where they are not."""
+        if "train" not in self or self["train"].is_current():
+            return ""
+        return (
+            "weights or buffers of the frozen part were changed (by a hook of the module, or another callback?) after "
+            "its features were stored, so the stage trains on features of another network; change them before `fit`, "
+            "or set precompute=False"
+        )
 
     def set_aside(self) -> ExitStack:
         """A context without the shortcuts: a validation loader may be asked for while that of training is open."""

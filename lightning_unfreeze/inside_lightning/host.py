@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from torch import Tensor
 
 from lightning_unfreeze.features.batch_form import NoStoreError
 from lightning_unfreeze.features.host import Host
+from lightning_unfreeze.features.viewed import check_loader, plain_dataset, training_views
 from lightning_unfreeze.inside_lightning.distributed import gather_objects
+from lightning_unfreeze.inside_lightning.loaders import own_validation_loader
 from lightning_unfreeze.inside_lightning.sandbox import sandbox
 from lightning_unfreeze.inside_lightning.steps import batch_on_device, step_outcome, training_loss
 from lightning_unfreeze.inside_lightning.transfer import mode_of
 from lightning_unfreeze.reporting import progress_bar
+
+
+def views_of(
+    trainer: pl.Trainer,
+    split: Literal["train", "val"],
+    loader: Any,
+    num_views: int,
+    eval_transform: Callable[[Any], Any] | None,
+) -> list[Any]:
+    """The dataset of each view of what a fit reads, view 0 first, if they can be stored; no sample is read.
+
+    Args:
+        trainer: Its validation data gives the transform of view 0, where none is passed.
+        split: Validation data has one view.
+        loader: Of the split.
+        num_views: Of the training data.
+        eval_transform: Of view 0.
+
+    Raises:
+        NoStoreError: With the reason.
+    """
+    dataset = plain_dataset(check_loader(loader, in_order=split == "val"))
+    if trainer.overfit_batches:  # type: ignore[attr-defined]
+        raise NoStoreError("overfit_batches reads a few images only")
+    if split == "val":
+        return [dataset]
+    return training_views(
+        dataset, num_views, eval_transform, lambda: getattr(own_validation_loader(trainer), "dataset", None)
+    )
 
 
 def host_of(trainer: pl.Trainer) -> Host:

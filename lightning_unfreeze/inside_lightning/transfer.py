@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import RunningStage
 
+from lightning_unfreeze.features.key import fingerprint_of, transform_fingerprint
 from lightning_unfreeze.layers.kept import kept
 from lightning_unfreeze.layers.modes import kept_modes
 from lightning_unfreeze.seeding import keyed_rng
@@ -63,6 +64,11 @@ def transfer_hooks(trainer: pl.Trainer) -> list[Callable[..., Any]]:
     ]
 
 
+def hooks_fingerprint(trainer: pl.Trainer) -> str:
+    """Fingerprint of the user's batch-transfer hooks."""
+    return fingerprint_of(hooks=[transform_fingerprint(hook) for hook in transfer_hooks(trainer)])
+
+
 @contextmanager
 def mode_of(trainer: pl.Trainer, module: pl.LightningModule, *, training: bool) -> Iterator[None]:
     """`trainer.training` and the module's mode are those of training, or of validation."""
@@ -82,6 +88,13 @@ def handed_batches(owners: Iterable[Any], hook: str) -> list[Any]:
     return [
         owner for owner in owners if hasattr(owner, hook) and not getattr(type(owner), hook).__module__.startswith(ours)
     ]
+
+
+def who_may_change_batches(owners: Iterable[Any]) -> str:
+    """The step, and the hooks of the user's that are handed a batch before it, as one phrase."""
+    hooks = ("on_train_batch_start", "on_validation_batch_start")
+    handed = [(hook, owner) for hook in hooks for owner in handed_batches(owners, hook)]
+    return " or ".join(["the step", *(f"{hook} of {type(owner).__name__}" for hook, owner in handed)])
 
 
 def who_changes_batches(trainer: pl.Trainer, owners: Iterable[Any], batch: Any, is_same: Callable[[Any], bool]) -> str:
