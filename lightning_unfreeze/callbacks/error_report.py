@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
 from lightning_unfreeze.data.images import decode
-from lightning_unfreeze.data.sample_names import sample_names
+from lightning_unfreeze.data.sample_names import class_names_of, sample_names
 from lightning_unfreeze.reporting import report_dir
 from lightning_unfreeze.reporting.explain import worst_rows, write_report
 from lightning_unfreeze.reporting.judged import Judged
@@ -103,11 +103,8 @@ def _results(trainer: pl.Trainer) -> dict[str, Any]:
 
 
 def _judged(result: Any, dataset: Any, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Judged:
-    num_classes = result.plain.shape[1]
-    datamodule = getattr(trainer, "datamodule", None)
-    found = [getattr(pl_module, "class_names", None), getattr(datamodule, "class_names", None)]
-    found.append(getattr(dataset, "classes", None))
-    names = next((list(each) for each in found if each is not None and len(each) == num_classes), None)
+    num_classes, datamodule = result.plain.shape[1], getattr(trainer, "datamodule", None)
+    names = class_names_of(pl_module, datamodule, dataset, num_classes=num_classes)
     files, indices = sample_names(dataset), result.index.tolist()
     known = files is not None and max(indices, default=0) < len(files)
     return Judged(

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_unfreeze.data.sample_names import are_names, sample_names
+from lightning_unfreeze.data.sample_names import are_names, class_names_of, sample_names
 from lightning_unfreeze.inside_lightning.distributed import gather_objects
 from lightning_unfreeze.reporting import write_csv
 
@@ -101,16 +101,16 @@ class PredictionsCSV(BasePredictionWriter):
     def _table(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rows: list[dict[str, Any]]) -> list[Any]:
         files = _files_of(trainer, rows)
         answers = torch.stack([row["answer"] for row in rows])
-        names = getattr(pl_module, "class_names", None) or getattr(trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
+        owners = pl_module, trainer.datamodule  # type: ignore[attr-defined]
         if answers.ndim == 1:
-            labels = answers.tolist()
+            labels, names = answers.tolist(), class_names_of(*owners)
             return [
                 {"file": file, "class": names[label] if names else label}
                 for file, label in zip(files, labels, strict=True)
             ]
         threshold = getattr(getattr(pl_module, "task", None), "threshold", None)
         probs, several = _as_probs(answers, threshold)
-        names = list(names) if names and len(names) == probs.shape[1] else [str(i) for i in range(probs.shape[1])]
+        names = class_names_of(*owners, num_classes=probs.shape[1]) or [str(i) for i in range(probs.shape[1])]
         table = []
         for row, file, prob in zip(rows, files, probs, strict=True):
             best = int(prob.argmax())

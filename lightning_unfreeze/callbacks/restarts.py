@@ -164,7 +164,7 @@ class CosineRestarts(StageCallback):
         if trainer.global_step == self.run.start_step or self._epoch_step < self.run.start_step:
             self._epoch_step = trainer.global_step
         self._steps, self._written = steps_of_epoch(trainer) or self._steps, None
-        self._lay_out_cycles(trainer, self.run)
+        self._course = course = self._cycles_of(trainer, self.run)
         if self.run.resumed and self._judge is not None:
             self._judge.values = self.cycle_values.setdefault(stage.name, self._judge.values)
         if not self.run.resumed:
@@ -176,41 +176,38 @@ class CosineRestarts(StageCallback):
                 if value is not None:
                     self._judge.started_from(value)
                     self._keep(trainer, pl_module)
-        self._cycle = None if self._course is None else self._course.running(self._place(trainer, to_come=True))
+        self._cycle = None if course is None else course.running(self._place(trainer, self.run, to_come=True))
         self._write(trainer, to_come=True)
 
     # --- the schedule ----------------------------------------------------------------------------------------------
 
-    def _lay_out_cycles(self, trainer: pl.Trainer, run: StageRun) -> None:
-        self._course, stage = None, run.stage
+    def _cycles_of(self, trainer: pl.Trainer, run: StageRun) -> Course | None:
+        stage = run.stage
         if run.planned and stage.cycle_len is None:
-            return
+            return None
         if steps_of_epoch(trainer) is None:
             raise MisconfigurationException(
                 "the training data has no length, so cycles cannot be counted in epochs; set "
                 "Trainer(limit_train_batches=...) to the number of batches of an epoch"
             )
         if stage.cycle_len is not None:
-            self._course = Course.planned(stage.cycle_len, stage.cycle_mult, stage.num_cycles)
-            return
+            return Course.planned(stage.cycle_len, stage.cycle_mult, stage.num_cycles)
         total = epochs_of_fit(trainer, self._steps)
         if self.cycle_len is None and math.isinf(total):
             raise MisconfigurationException(
                 "CosineRestarts() makes the whole fit one cycle, and this fit has no end; set "
                 "Trainer(max_epochs=...), or CosineRestarts(cycle_len=...)"
             )
-        self._course = Course.of_fit(total, self.cycle_len, self.cycle_mult)
+        return Course.of_fit(total, self.cycle_len, self.cycle_mult)
 
     def _done(self, trainer: pl.Trainer, *, to_come: bool) -> int:
         """Steps of the epoch that are done; of a step `to_come` never past the epoch that it belongs to."""
         return min(trainer.global_step - self._epoch_step, self._steps - 1 if to_come else self._steps)
 
-    def _place(self, trainer: pl.Trainer, *, to_come: bool) -> Fraction:
+    def _place(self, trainer: pl.Trainer, run: StageRun, *, to_come: bool) -> Fraction:
         """Epochs of the stage that are done."""
-        if self.run is None:
-            return Fraction(0)
         done = self._done(trainer, to_come=to_come)
-        return trainer.current_epoch - self.run.start_epoch + Fraction(done, self._steps)
+        return trainer.current_epoch - run.start_epoch + Fraction(done, self._steps)
 
     def multiplier(self, place: float | Fraction) -> float:
         """Multiplier of the peak rate at a place in the present stage, in epochs from its start."""
@@ -225,7 +222,7 @@ class CosineRestarts(StageCallback):
         if at == self._written:  # asked for at both ends of a batch
             return
         self._written = at
-        multiplier = self.multiplier(self._place(trainer, to_come=to_come))
+        multiplier = self.multiplier(self._place(trainer, self.run, to_come=to_come))
         momentum = None if self.momentum is None else cycling_momentum(multiplier, *self.momentum)
         for group in groups:
             scale_lr(group, multiplier)
@@ -250,19 +247,20 @@ class CosineRestarts(StageCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Says where a cycle ends; writes the next rates, for callbacks that log them."""
+        if self.run is None:
+            return
         if trainer.global_step != self._last_step:  # not inside an accumulation window
             self._last_step = trainer.global_step
-            self._log_progress(trainer)
+            self._log_progress(trainer, self.run)
             self._write(trainer, to_come=False)
-        if self.run is None or self._cycle is None:
-            return
-        # a batch of the epoch may have been skipped: its end is the end
-        place = self.run.epoch(trainer) if trainer.is_last_batch else self._place(trainer, to_come=False)
-        self._note_cycle(trainer, pl_module, place)
+        if self._cycle is not None:
+            # a batch of the epoch may have been skipped: its end is the end
+            place = self.run.epoch(trainer) if trainer.is_last_batch else self._place(trainer, self.run, to_come=False)
+            self._note_cycle(trainer, pl_module, place)
 
-    def _log_progress(self, trainer: pl.Trainer) -> None:
+    def _log_progress(self, trainer: pl.Trainer, run: StageRun) -> None:
         if self._course is not None and is_due_to_log(trainer):
-            place = self._place(trainer, to_come=False)
+            place = self._place(trainer, run, to_come=False)
             # the cycle of the step that is done, not of the one to come
             index, start, length = self._course.at(place - Fraction(1, self._steps))
             log_metrics(trainer, {"cycle": float(index), "cycle_progress": (float(place) - start) / length})
@@ -432,9 +430,9 @@ class CosineRestarts(StageCallback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leaves the module's `forward` and the Trainer's metrics as they were."""
         self._leave(trainer)
-        trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, _GoesBack)]  # type: ignore[attr-defined]
 
     def _leave(self, trainer: pl.Trainer) -> None:
+        trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, _GoesBack)]  # type: ignore[attr-defined]
         unpin_callback_metrics(trainer)
         if self._averaged is not None:
             self._averaged.remove()

@@ -135,7 +135,7 @@ class BestWeights(StageCallback):
             alike = next((other for other, known in candidates.items() if _same(tensors, known)), None)
             if alike is None:
                 found, logged = self._score(trainer, pl_module, tensors)
-                if not candidates or self._gains(found, over=self.scores[self._best]):
+                if not candidates or gain(self.scores[self._best], found, self._direction) > 0:
                     self._best, self._logged = name, logged
             candidates[name], self.scores[name] = tensors, self.scores[alike] if alike is not None else found
             return self.scores[name]
@@ -167,9 +167,6 @@ class BestWeights(StageCallback):
         if average is not None:
             score("moving average", tensors_of(average))
         return candidates
-
-    def _gains(self, value: float, over: float) -> bool:
-        return gain(over, value, self._direction) > 0
 
     @property
     def _direction(self) -> Mode:

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_unfreeze.callbacks.base import StageCallback, players
+from lightning_unfreeze.data.datasets import innermost_dataset
+from lightning_unfreeze.data.sample_names import class_names_of
 from lightning_unfreeze.inside_lightning.distributed import gather_objects
 from lightning_unfreeze.inside_lightning.loaders import process_loaders, process_no_loaders
 from lightning_unfreeze.inside_lightning.metrics import pin_callback_metrics, validate_aside
@@ -421,7 +423,8 @@ class TTAEval(StageCallback):
                 pl_module.log(name + suffix, value, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="max")
             sheet = loader.whole_sheet(trainer) if self.figure else None
             if sheet is not None and trainer.is_global_zero:
-                classes = loader.class_names(trainer)
+                data = innermost_dataset(loader.dataset)
+                classes = class_names_of(pl_module, getattr(trainer, "datamodule", None), data)
                 self._pictures[self._word + suffix.replace("/", "_")] = functools.partial(
                     plot_flips, result, sheet, classes, f"{prefix}{suffix}, {self.num_views} views"
                 )

@@ -22,6 +22,7 @@ from lightning_unfreeze.inside_lightning.clashes import (
     refuse_foreign_trainer,
     refuse_frozen_statistics,
     refuse_manual_optimization,
+    refuse_or_replace_schedulers,
     refuse_other_max_epochs,
     refuse_search_on_resume,
 )
@@ -36,7 +37,6 @@ from lightning_unfreeze.inside_lightning.distributed import (
 )
 from lightning_unfreeze.inside_lightning.image_size import check_image_sizes, refuse_fixed_image_size, set_image_size
 from lightning_unfreeze.inside_lightning.resume import ResumePoint, resume_point, staged_state
-from lightning_unfreeze.inside_lightning.schedulers import refuse_or_replace_schedulers
 from lightning_unfreeze.inside_lightning.stopping import follow, has_stopped, start_afresh, unfollow, why_ended
 from lightning_unfreeze.inside_lightning.writers import PlanWatch
 from lightning_unfreeze.layers.groups import LayerGroup, layer_groups

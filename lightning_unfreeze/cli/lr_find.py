@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_unfreeze.cli.options import take_stage_options
 from lightning_unfreeze.cli.parser import UnfreezeCLI
 from lightning_unfreeze.recipe.range_tests import range_tests
 from lightning_unfreeze.reporting import show, table_of, write_csv
@@ -13,9 +12,7 @@ from lightning_unfreeze.reporting import show, table_of, write_csv
 
 def main(arguments: Sequence[str]) -> None:
     """Writes the curves and prints what each rule suggests; trains nothing."""
-    left = list(arguments[1:])
-    stage_options = take_stage_options(left)
-    cli = UnfreezeCLI(left, run=False, stage_options=stage_options)
+    cli = UnfreezeCLI(arguments[1:], run=False)
     results = range_tests(cli.trainer, cli.model, cli.datamodule)
     folder = Path(cli.trainer.default_root_dir) / "lr_find"
     for name, result in results.items():

@@ -18,7 +18,7 @@ from lightning_unfreeze.callbacks.error_report import ErrorReport
 from lightning_unfreeze.callbacks.predictions import PredictionsCSV
 from lightning_unfreeze.callbacks.tta import TTAEval
 from lightning_unfreeze.cli.errors import cause
-from lightning_unfreeze.cli.options import StageOptions, change_stages
+from lightning_unfreeze.cli.options import change_stages, take_stage_options
 from lightning_unfreeze.module import TransferClassifier
 
 for _name in lightning_unfreeze.__all__:  # the parser knows a short class name once its class is loaded
@@ -39,14 +39,14 @@ class UnfreezeCLI(LightningCLI):
 
     def __init__(
         self,
-        args: Sequence[str] | None = None,
+        args: Sequence[str],
         run: bool = True,
-        stage_options: StageOptions | None = None,
         all_probabilities: bool = False,
         explains: bool = False,
     ) -> None:
-        self._explains = explains
-        self._stage_options, self._all_probabilities = stage_options or {}, all_probabilities
+        left = list(args)
+        self._stage_options = take_stage_options(left)
+        self._explains, self._all_probabilities = explains, all_probabilities
         super().__init__(
             pl.LightningModule,
             pl.LightningDataModule,
@@ -61,7 +61,7 @@ class UnfreezeCLI(LightningCLI):
             parser_class=OneLineParser,
             # the module's own `configure_optimizers` decides; a scheduler beside the stages would fight them
             auto_configure_optimizers=False,
-            args=None if args is None else list(args),
+            args=left,
             run=run,
         )
 
@@ -100,17 +100,6 @@ class UnfreezeCLI(LightningCLI):
 
     def before_validate(self) -> None:
         """Refuses a head that was never trained."""
-        self._need_weights()
-
-    def before_test(self) -> None:
-        """Refuses a head that was never trained."""
-        self._need_weights()
-
-    def before_predict(self) -> None:
-        """Refuses a head that was never trained."""
-        self._need_weights()
-
-    def _need_weights(self) -> None:
         if self._value(self.config_init, "ckpt_path") is not None:
             return
         if isinstance(self.model, TransferClassifier) and self.model.has_drawn_head:
@@ -122,3 +111,5 @@ class UnfreezeCLI(LightningCLI):
             f"{self.subcommand} without --ckpt_path: the weights are those that {type(self.model).__name__} starts "
             "with, no fit's."
         )
+
+    before_test = before_predict = before_validate

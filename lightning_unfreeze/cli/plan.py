@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_unfreeze.cli.options import take_stage_options
 from lightning_unfreeze.cli.parser import UnfreezeCLI
 from lightning_unfreeze.recipe.costs import plan_costs
 from lightning_unfreeze.reporting import show, table_of
@@ -12,9 +11,7 @@ from lightning_unfreeze.reporting import show, table_of
 
 def main(arguments: Sequence[str]) -> None:
     """Prints the table; trains nothing."""
-    left = list(arguments[1:])
-    stage_options = take_stage_options(left)
-    cli = UnfreezeCLI(left, run=False, stage_options=stage_options)
+    cli = UnfreezeCLI(arguments[1:], run=False)
     planned = plan_costs(cli.trainer, cli.model, cli.datamodule)
     show(table_of([stage.row() for stage in planned], title="plan (nothing was trained)"))
     epochs, minutes = sum(one.stage.num_epochs for one in planned), sum(one.seconds for one in planned) / 60

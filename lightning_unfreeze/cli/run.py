@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_unfreeze.cli.options import take_flag, take_photos, take_stage_options
+from lightning_unfreeze.cli.options import take_flag, take_photos
 from lightning_unfreeze.cli.parser import UnfreezeCLI
 
 
@@ -18,5 +18,4 @@ def main(arguments: Sequence[str]) -> None:
 
         predict_photos(left[1:], photos, all_probabilities)
         return
-    stage_options = take_stage_options(left)
-    UnfreezeCLI(left, stage_options=stage_options, all_probabilities=all_probabilities)
+    UnfreezeCLI(left, all_probabilities=all_probabilities)

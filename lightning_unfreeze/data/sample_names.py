@@ -1,9 +1,10 @@
-"""What a dataset calls its samples: the paths of its files, however it keeps them."""
+"""What a dataset calls its samples and its classes: the paths of its files, however it keeps them, and names."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch.utils.data import ConcatDataset, Subset
@@ -46,6 +47,26 @@ def sample_names(dataset: Any) -> list[str] | None:
         names = _paths_in(value, num_samples)
         if names is not None:
             return names
+    return None
+
+
+def class_names_of(*owners: Any, num_classes: int | None = None) -> list[str] | None:
+    """Names of the classes, of the first module, data module or dataset that has so many; None where none has.
+
+    Looked for under `class_names` and, as torchvision's datasets have them, `classes`.
+
+    >>> class Data:
+    ...     classes = ["cat", "dog"]
+    >>> class_names_of(None, Data(), num_classes=2)
+    ['cat', 'dog']
+    """
+    for owner in owners:
+        for attribute in ("class_names", "classes"):
+            with suppress(RuntimeError):  # a data module that was not set up for training
+                found = getattr(owner, attribute, None)
+                is_list = hasattr(found, "__len__") and not isinstance(found, str)
+                if found is not None and is_list and num_classes in (None, len(found)):
+                    return [str(name) for name in found]
     return None
 
 

@@ -179,32 +179,26 @@ class Description:
             where = f"{type(owner).__name__}.{name}"
             raise NotUnderstoodError(f"{where} is {error}" if " is " not in str(error) else f"{error}") from None
 
-    def _of_mapping(self, value: Mapping[Any, Any]) -> Any:
-        return [self.entries(list(value)), self.entries(list(value.values()))]
-
-    def _of_set(self, value: Set[Any]) -> Any:
-        return sorted(json.dumps(self.of(item)) for item in value)
-
     def _of_builtin(self, value: types.BuiltinFunctionType) -> Any:
         held = value.__self__
         return [value.__qualname__, None if isinstance(held, types.ModuleType) else self.of(held)]
-
-    def _of_bytecode(self, code: types.CodeType) -> Any:
-        return [code.co_code.hex(), code.co_names, [self.of(constant) for constant in code.co_consts]]
 
     def _of_file(self, value: Any) -> Any:
         name = str(getattr(value, "name", ""))
         return [name, *self._file_state(name, self._root_of(name))]
 
     _KINDS: tuple[tuple[Any, Callable[[Any, Any], Any]], ...] = (
-        (Mapping, _of_mapping),
-        (Set, _of_set),
+        (Mapping, lambda self, value: [self.entries(list(value)), self.entries(list(value.values()))]),
+        (Set, lambda self, value: sorted(json.dumps(self.of(item)) for item in value)),
         ((list, tuple), lambda self, value: self.entries(value)),
         ((bytes, bytearray), lambda self, value: digest(value)),
         (functools.partial, lambda self, value: [self.of(part) for part in (value.func, value.args, value.keywords)]),
         (types.MethodType, lambda self, value: [self.of(value.__func__), self.of(value.__self__)]),
         (types.BuiltinFunctionType, _of_builtin),
-        (types.CodeType, _of_bytecode),
+        (
+            types.CodeType,
+            lambda self, value: [value.co_code.hex(), value.co_names, [*map(self.of, value.co_consts)]],
+        ),
         (types.MethodWrapperType, lambda self, value: [value.__name__, self.of(value.__self__)]),
         (enum.Enum, lambda self, value: value.name),
         (io.IOBase, _of_file),

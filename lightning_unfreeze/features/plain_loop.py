@@ -173,11 +173,7 @@ class _Source:
         if self.eval_transform is not None and transform_of(dataset) is not None:
             plain = with_transform(dataset, self.eval_transform)
         views = [plain, *[dataset] * (self.views - 1)] if name == "train" else [dataset]
-        try:
-            return view_data(self.host, name, loader, views, self.seed, self.fingerprint, feeding="")
-        except NoStoreError as error:
-            told = str(error).replace("PrecomputeFeatures(eval_transform=...)", "eval_transform=...")
-            raise NoStoreError(told) from None
+        return view_data(self.host, name, loader, views, self.seed, self.fingerprint, feeding="")
 
     def stored(self, data: ViewedData, prefix: FrozenPrefix) -> StoredData:
         work = together(self.host, lambda: FeaturePass(self.host, data, prefix, self.root, self.dtype, "sampled"))

@@ -242,7 +242,7 @@ class FrozenPrefix:
     @contextlib.contextmanager
     def set_aside(self) -> Iterator[None]:
         """Within the context nothing is on the network; what is installed comes back after it."""
-        was_installed = self.is_installed
+        was_installed = self._patches.is_open
         self.remove()
         try:
             yield
@@ -272,11 +272,6 @@ class FrozenPrefix:
             else:
                 self._arm(packed)
         self._patches.__enter__()
-
-    @property
-    def is_installed(self) -> bool:
-        """Whether the network takes packed features now."""
-        return self._patches.is_open
 
     def remove(self) -> None:
         """Undo `install`, also after an error; nothing stays behind on the network. Harmless when not installed."""

@@ -197,7 +197,7 @@ def evaluation_transform(train: Any, val: Any) -> Callable[[Any], Any] | None:
     if found is None:
         raise NoStoreError(
             "the training data has a transform that may be random, and the validation data has none to take its place; "
-            "pass PrecomputeFeatures(eval_transform=...)"
+            "pass eval_transform=..."
         )
     return found
 
@@ -218,8 +218,7 @@ def probe_batch(loader: DataLoader[Any], view_0: Any, num_images: int) -> tuple[
     if not _same(samples, again):
         raise NoStoreError(
             f"the images of {type(view_0).__name__} are drawn at random even under the evaluation transform, and "
-            "stored features would keep one draw; augment in the dataset's `transform`, or pass "
-            "PrecomputeFeatures(eval_transform=...)"
+            "stored features would keep one draw; augment in the dataset's `transform`, or pass eval_transform=..."
         )
     form = BatchForm(raw)
     # a sample has to get the same row whatever else is in the batch, and each time: mixup may leave out a batch or two

@@ -1,4 +1,4 @@
-"""Another image size per stage: the data module is told, the loaders are asked for again."""
+"""Another image size per stage: networks take it, the data module is told, the loaders are asked for again."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from timm.layers import Format, PatchEmbed
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 from torch.utils.data import IterableDataset
 
 from lightning_unfreeze.inside_lightning.loaders import ask_for_loaders_again
 from lightning_unfreeze.inside_lightning.sandbox import sandbox
 from lightning_unfreeze.inside_lightning.steps import batch_on_device, training_loss
-from lightning_unfreeze.layers.any_size import accept_any_image_size
 from lightning_unfreeze.seeding import kept_rng
 
 _PROBE_IMAGES = 2  # BatchNorm behind the pooling needs more than one
@@ -59,6 +61,21 @@ def check_image_sizes(trainer: pl.Trainer, pl_module: pl.LightningModule, sizes:
                     "or a network that takes any size (of timm's: model_kwargs with dynamic_img_size or "
                     "strict_img_size=False)"
                 ) from error
+
+
+def accept_any_image_size(module: nn.Module) -> None:
+    """Has timm's vision transformers inside resample their position table in each forward pass.
+
+    As `timm.create_model(..., dynamic_img_size=True)` makes them: at the size that the network was made for nothing
+    changes. The table itself keeps its shape, unlike after timm's `set_input_size`, so checkpoints of all sizes fit,
+    and the optimizer keeps its state. The side has to be a multiple of the patch size. Convolutional networks take any
+    size as they are.
+    """
+    for part in module.modules():
+        if isinstance(part, VisionTransformer) and type(part.patch_embed) is PatchEmbed and not part.dynamic_img_size:
+            part.dynamic_img_size = True
+            part.patch_embed.strict_img_size, part.patch_embed.flatten = False, False
+            part.patch_embed.output_fmt = Format.NHWC
 
 
 def set_image_size(trainer: pl.Trainer, px: int | None) -> None:

@@ -18,19 +18,14 @@ from torchmetrics import MetricCollection
 from torchvision.transforms import v2
 
 from lightning_unfreeze.data.datasets import ImageDataset
+from lightning_unfreeze.data.folders import some
 from lightning_unfreeze.data.images import Reading
 from lightning_unfreeze.data.transforms import make_transform
 from lightning_unfreeze.layers.families import HEAD
 from lightning_unfreeze.layers.groups import layer_groups
 from lightning_unfreeze.layers.param_groups import decay_groups
 from lightning_unfreeze.module.backbones import build_network
-from lightning_unfreeze.module.knowledge import (
-    check_known,
-    input_differences,
-    plain_config,
-    shown,
-    versions,
-)
+from lightning_unfreeze.module.knowledge import check_known, input_differences, plain_config, versions
 from lightning_unfreeze.module.tasks import MultiLabel, SingleLabel, Task, TaskName, batch_of
 
 if TYPE_CHECKING:
@@ -184,8 +179,8 @@ class TransferClassifier(pl.LightningModule):
         fits = self.trainer.state.fn == TrainerFn.FITTING
         if fits and not is_loaded and len(names) == len(known):
             rank_zero_warn(
-                f"The model was trained on the classes {shown(known)}; from here on its outputs mean those of the "
-                f"data: {shown(names)}."
+                f"The model was trained on the classes {some(known)}; from here on its outputs mean those of the "
+                f"data: {some(names)}."
             )
             self.class_names = names
             return
@@ -193,20 +188,18 @@ class TransferClassifier(pl.LightningModule):
         missing = [name for name in known if name not in names]
         if fits and missing:
             raise MisconfigurationException(
-                f"The data lacks classes that the model was trained on ({shown(missing)}): go on with all of them, or "
+                f"The data lacks classes that the model was trained on ({some(missing)}): go on with all of them, or "
                 f"train a model with num_classes={len(names)}."
             )
         if not hasattr(datamodule, "order_classes"):
             raise MisconfigurationException(
-                f"The data has the classes {shown(names)}, in this order, the model {shown(known)}: give "
+                f"The data has the classes {some(names)}, in this order, the model {some(known)}: give "
                 f"{type(datamodule).__name__} labels in the model's order (and its class_names), or a method "
                 "order_classes(names) that does so."
             )
         datamodule.order_classes(known)
-        lacks = f"; it has none of {shown(missing)}" if missing else ""
-        rank_zero_info(
-            f"The classes of the data ({shown(names)}) are put in the model's order ({shown(known)}){lacks}."
-        )
+        lacks = f"; it has none of {some(missing)}" if missing else ""
+        rank_zero_info(f"The classes of the data ({some(names)}) are put in the model's order ({some(known)}){lacks}.")
 
     def _balanced_weights(self, datamodule: Any) -> Tensor:
         counts = getattr(datamodule, "class_counts", None)
@@ -256,17 +249,6 @@ class TransferClassifier(pl.LightningModule):
 
     def on_validation_start(self) -> None:
         """Warn of a head that was never trained, and of another input than in training."""
-        self._check_use()
-
-    def on_test_start(self) -> None:
-        """Warn of a head that was never trained, and of another input than in training."""
-        self._check_use()
-
-    def on_predict_start(self) -> None:
-        """Warn of a head that was never trained, and of another input than in training."""
-        self._check_use()
-
-    def _check_use(self) -> None:
         run = self.trainer.state.fn
         if run is None or run == TrainerFn.FITTING:
             return
@@ -284,6 +266,8 @@ class TransferClassifier(pl.LightningModule):
                 f"The images are prepared otherwise than in training: {'; '.join(different)}. Leave image_size_px and "
                 "data_config of the data module out to get the training's."
             )
+
+    on_test_start = on_predict_start = on_validation_start
 
     # --- steps -----------------------------------------------------------------------------------------------------
 

@@ -9,9 +9,9 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_unfreeze import __version__
+from lightning_unfreeze.data.folders import some
 
 _OF_THE_INPUT = ("input_size", "mean", "std", "interpolation", "crop_pct")
-_SHOWN_NAMES = 6
 _MADE_WITH = ("lightning", "torch", "torchvision", "timm")
 
 
@@ -24,7 +24,7 @@ def check_known(names: Sequence[str], known: Sequence[str]) -> None:
     unknown = sorted(set(names) - set(known))
     if unknown:
         raise MisconfigurationException(
-            f"The data has classes that the model was not trained on ({shown(unknown)}), it knows {shown(known)}: give "
+            f"The data has classes that the model was not trained on ({some(unknown)}), it knows {some(known)}: give "
             "data of those classes, rename the folders, or train a model for the new classes (without --ckpt_path)."
         )
 
@@ -50,12 +50,6 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """The packages that a network depends on, for the checkpoint."""
     return {"lightning-unfreeze": __version__, **{name: version(name) for name in _MADE_WITH}}
-
-
-def shown(names: Sequence[str]) -> str:
-    """The first names of many, on one line."""
-    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
-    return ", ".join(map(str, names[:_SHOWN_NAMES])) + more
 
 
 def _plain(value: Any) -> Any:

@@ -277,12 +277,6 @@ class _PlanProbe(Probe):
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> tuple[int, int, float]:
         """FLOPs of a step, FLOPs of its frozen modules' forward, and the seconds of the fastest of a few steps."""
         self._modes.keep()
-        with sandbox(trainer, pl_module):
-            return self._measure_as_it_is(trainer, pl_module, batch)
-
-    def _measure_as_it_is(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any
-    ) -> tuple[int, int, float]:
         counter = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
         # by calls, not by the counter's names: it has none for a module that is called before the one that holds it
         entered: list[int] = []
@@ -300,19 +294,20 @@ class _PlanProbe(Probe):
         parts = {part for module in self._modes.roots for part in module.modules()}
         hooks = [part.register_forward_pre_hook(enter) for part in parts]
         hooks += [part.register_forward_hook(leave) for part in parts]
-        try:
-            with counter:
-                self._step(trainer, pl_module, batch)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        step_seconds = seconds(lambda: self._step(trainer, pl_module, batch), trainer.strategy.root_device)
-        return counter.get_total_flops(), frozen, step_seconds
 
-    def _step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
-        loss = training_loss(trainer, pl_module, batch)
-        if loss is not None:
-            loss.backward()  # type: ignore[no-untyped-call]
+        def step() -> None:
+            loss = training_loss(trainer, pl_module, batch)
+            if loss is not None:
+                loss.backward()  # type: ignore[no-untyped-call]
+
+        with sandbox(trainer, pl_module):
+            try:
+                with counter:
+                    step()
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            return counter.get_total_flops(), frozen, seconds(step, trainer.strategy.root_device)
 
 
 def _schedule(stage: Stage) -> str:

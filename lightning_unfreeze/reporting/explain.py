@@ -58,7 +58,7 @@ def write_report(judged: Judged, pictures: Mapping[int, Image], folder: Path, ti
         ]
         write_csv(folder / "confusion.csv", rows)
         figures["confusion"] = _plot_confusion(judged)
-    sheet = _worst(judged, pictures)
+    sheet = sorted(pictures, key=lambda row: -judged.losses[row])
     if sheet:
         figures["worst"] = _plot_sheet(judged, sheet, pictures)
     encoded = {name: _save(figure, folder / f"{name}.png") for name, figure in figures.items()}
@@ -71,10 +71,6 @@ def worst_rows(judged: Judged, num: int) -> list[int]:
     """The rows of the largest losses."""
     found: list[int] = np.argsort(-judged.losses, kind="stable")[:num].tolist()
     return found
-
-
-def _worst(judged: Judged, pictures: Mapping[int, Image]) -> list[int]:
-    return sorted(pictures, key=lambda row: -judged.losses[row])
 
 
 def _page(

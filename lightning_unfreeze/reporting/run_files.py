@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,28 +53,24 @@ def is_due_to_log(trainer: pl.Trainer) -> bool:
 
 def log_metrics(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
     """Hands metrics of this step to the loggers. One that refuses them (a step that it has, say) ends no training."""
-    for logger in trainer.loggers:
-        try:
-            logger.log_metrics(metrics, step=trainer.global_step)
-        except Exception as refusal:
-            _say_refused(logger, ", ".join(metrics), refusal)
+    _hand_to_loggers(trainer, metrics, lambda logger: logger.log_metrics(metrics, step=trainer.global_step))
 
 
 def log_hyperparams(trainer: pl.Trainer, values: dict[str, Any]) -> None:
     """Hands hyperparameters to the loggers. One that refuses them (a second value of one, say) ends no training."""
+    _hand_to_loggers(trainer, values, lambda logger: logger.log_hyperparams(values))
+
+
+def _hand_to_loggers(trainer: pl.Trainer, names: Iterable[str], hand: Callable[[Any], None]) -> None:
     for logger in trainer.loggers:
         try:
-            logger.log_hyperparams(values)
+            hand(logger)
         except Exception as refusal:
-            _say_refused(logger, ", ".join(values), refusal)
-
-
-def _say_refused(logger: Any, names: str, refusal: Exception) -> None:
-    # the type alone: the text may name the step, and be another one each time
-    said = f"{type(logger).__name__} refused {names} ({type(refusal).__name__}); training goes on without"
-    if said not in _SAID:
-        _SAID.add(said)
-        rank_zero_info(said)
+            # the type alone: the text may name the step, and be another one each time
+            what = f"{type(logger).__name__} refused {', '.join(names)} ({type(refusal).__name__})"
+            if what not in _SAID:
+                _SAID.add(what)
+                rank_zero_info(f"{what}; training goes on without")
 
 
 def save_figure(trainer: pl.Trainer, figure: Figure, name: str) -> Path | None:

@@ -14,7 +14,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
-from lightning_unfreeze.data.datasets import innermost_dataset
 from lightning_unfreeze.inside_lightning.distributed import gather_objects
 from lightning_unfreeze.inside_lightning.loaders import own_batch_sampler
 from lightning_unfreeze.inside_lightning.weights import load_weights
@@ -93,12 +92,6 @@ class LoaderPass:
         rows = self.whole_set(trainer)
         told = [each for each in gather_objects(trainer, self.activation) if each is not None]
         return None if rows is None else TTAResult(activation=told[0] if told else "softmax", metrics={}, **rows)
-
-    def class_names(self, trainer: pl.Trainer) -> Sequence[str] | None:
-        """Of the data module, else of the dataset; None where neither says."""
-        of_dataset = getattr(innermost_dataset(self.dataset), "classes", None)
-        found: Sequence[str] | None = getattr(getattr(trainer, "datamodule", None), "class_names", of_dataset)
-        return found
 
     def whole_sheet(self, trainer: pl.Trainer) -> Mapping[int, Tensor]:
         """The pictures of all ranks, by index. A collective call."""

@@ -126,6 +126,23 @@ def test_predictions__hold_all_probabilities_on_request_and_class_names(tmp_path
     assert [row["class"] for row in rows] == ["0", "1", "2", "0", "1", "2"]
 
 
+def test_predictions__beside_data_that_knows_no_classes_are_numbers(tmp_path: Path) -> None:
+    class Unlabelled(pl.LightningDataModule):
+        """As `ImageFolderData` with a `predict_dir`: its classes are known after a setup for training."""
+
+        @property
+        def class_names(self) -> list[str]:
+            raise RuntimeError("call setup('fit') first")
+
+        def predict_dataloader(self) -> Any:
+            return DataLoader(Numbered("image"), batch_size=4)
+
+    writer = PredictionsCSV(path=str(tmp_path / "predictions.csv"))
+    quiet_trainer([writer]).predict(Echo("logits"), datamodule=Unlabelled())
+    assert writer.written is not None
+    assert [line.split(",")[1] for line in writer.written.read_text().splitlines()[1:4]] == ["0", "1", "2"]
+
+
 def test_predictions__of_several_labels_list_all_from_the_threshold_on(tmp_path: Path) -> None:
     class Labels(Echo):
         class_names = ("sky", "sea", "sun")

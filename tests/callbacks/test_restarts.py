@@ -909,3 +909,16 @@ def test_until__ranks_decide_as_one_though_they_log_different_values(tmp_path: P
     assert same_weights(*ranks) == []
     best = torch.load(told[0]["shots"][1], weights_only=True)["state_dict"]
     assert same_weights(ranks[0], best) == []
+
+
+def test_restarts__leave_nothing_in_the_list_of_callbacks_after_an_error() -> None:
+    class Breaks(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise RuntimeError("on purpose")
+
+    callbacks = [CosineRestarts(), Breaks()]
+    trainer = quiet_trainer(callbacks, max_epochs=1)
+    for _ in range(2):  # Lightning calls no `teardown` after an error
+        with pytest.raises(RuntimeError, match="on purpose"):
+            trainer.fit(Line(), DataLoader(TensorDataset(torch.zeros(4, 4), torch.zeros(4).long())))
+        assert [type(each).__name__ for each in trainer.callbacks if type(each).__name__.startswith("_Goes")] == []

@@ -703,7 +703,7 @@ def test_tta__picture_has_the_class_names_of_the_data(tmp_path: Path, monkeypatc
     dataset = TensorDataset(*images_and_targets(60))
     dataset.classes = ["a", "b", "c"]  # type: ignore[attr-defined]
     trainer_with(TTAEval()).test(Module(), DataLoader(Subset(dataset, range(9)), batch_size=8), verbose=False)
-    assert found == [("ants", "bees", "wasps"), ["a", "b", "c"]]
+    assert found == [["ants", "bees", "wasps"], ["a", "b", "c"]]
 
 
 @pytest.mark.pictures
