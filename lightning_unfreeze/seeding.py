@@ -40,9 +40,6 @@ def keyed_rng(*key: int | str) -> Iterator[None]:
 
     CUDA generators are left alone, so that this may be used in worker processes. One use costs about 0.1 ms.
 
-    Args:
-        key: What `key_to_seed` takes.
-
     >>> with keyed_rng("sample", 0, 7):
     ...     first = torch.rand(1)
     >>> with keyed_rng("sample", 0, 7):
@@ -90,9 +87,6 @@ def set_rng_state(state: dict[str, Any]) -> None:
     """Put back what `rng_state` returned, from tensors on any device.
 
     A CUDA state is set where CUDA is available and left out elsewhere, so that a run can go on on another machine.
-
-    Args:
-        state: The return value of `rng_state`.
     """
     python, numpy = state["python"], state["numpy"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss_next"]))
@@ -121,11 +115,7 @@ def kept_rng() -> Iterator[None]:
 
 
 def seed_all(*key: int | str) -> None:
-    """Seed Python's, numpy's global and torch's generators (accelerators too) from a key, for good.
-
-    Args:
-        key: What `key_to_seed` takes.
-    """
+    """Seed Python's, numpy's global and torch's generators (accelerators too) from a key, for good."""
     seed = key_to_seed(*key)
     random.seed(seed)
     np.random.seed([seed & 0xFFFFFFFF, seed >> 32])  # noqa: NPY002

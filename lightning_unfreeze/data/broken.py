@@ -64,14 +64,7 @@ def broken_among(
     in_full: bool,
     bar: Bar = no_bar,
 ) -> dict[Path, str]:
-    """Files that are no images, with the reason; all are looked at, in threads.
-
-    Args:
-        files: What to look at.
-        reading: How files are read.
-        in_full: Decode each file, instead of looking at its header and its end.
-        bar: Shows the progress.
-    """
+    """Files that are no images, with the reason; all are looked at, in threads, as by `what_is_wrong`."""
     with ThreadPoolExecutor() as pool:
         found = pool.map(lambda file: what_is_wrong(file, reading, in_full), files)
         text = "decoding all files" if in_full else "checking files"

@@ -184,12 +184,7 @@ def plain(name: str) -> str:
 
 
 def find_in_folders(root: Path, rules: Rules, classes: Sequence[str] | None = None) -> Found:
-    """Photos in one folder per class, below folders of the splits or not.
-
-    Args:
-        root: The folder.
-        rules: Which names count.
-        classes: Those that are wanted, in the order of their labels; None takes all, by name.
+    """Photos in one folder per class, below folders of the splits or not; of `classes` alone, in their order.
 
     Raises:
         MisconfigurationException: For folders whose meaning is not clear, or from which nothing can be learned.

@@ -255,10 +255,6 @@ class ResumableLoader(DataLoader[Any]):
         return {"epoch": self._epoch, "batches": self._batches, "num_batches": self._num_batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from `state_dict` at the next iteration, if that is of the same epoch; else from the epoch's start.
-
-        Args:
-            state_dict: The return value of `state_dict`.
-        """
+        """Go on from `state_dict` at the next iteration, if that is of the same epoch; else from the epoch's start."""
         self._epoch, self._batches = state_dict["epoch"], state_dict["batches"]
         self._num_batches, self._resuming = state_dict["num_batches"], True

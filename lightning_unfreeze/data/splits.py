@@ -22,11 +22,6 @@ def draw_validation(photos: Sequence[Photo], fraction: float, seed: int) -> tupl
     more photo moves no other, and the share is met on average. A class that would have none on one side gets the photo
     (or group) that lies nearest to the border, if it has another for the other side.
 
-    Args:
-        photos: All photos.
-        fraction: Expected share of the validation, in (0, 1).
-        seed: Of the hash.
-
     Returns:
         Photos for training, photos for validation, in the order given.
 
@@ -79,10 +74,7 @@ def draw_validation(photos: Sequence[Photo], fraction: float, seed: int) -> tupl
 def take_listed(photos: Sequence[Photo], listed: Sequence[str], source: str) -> tuple[list[Photo], list[Photo]]:
     """Splits photos into those that a list does not name (training) and those that it names (validation).
 
-    Args:
-        photos: All photos.
-        listed: Paths below the root or below the split's folder, or bare file names.
-        source: The list, for errors.
+    It names them by their path below the root or below the split's folder, or by their file name.
 
     Raises:
         MisconfigurationException: For a name that fits no photo, or several.
@@ -153,14 +145,7 @@ def _digest(file: Path) -> bytes:
 
 
 def line_of(found: Found, source: str, val_from: str, copies: Sequence[tuple[str, str]]) -> str:
-    """The one line on what was found.
-
-    Args:
-        found: Photos, classes, remarks.
-        source: Where they were looked for.
-        val_from: Where the validation comes from.
-        copies: Exact copies across splits.
-    """
+    """The one line on what was found."""
     kind = "labels (several per photo)" if found.multi_label else "classes"
     numbers = [f"{len(photos)} {split}" for split, photos in found.splits.items()]
     parts = [

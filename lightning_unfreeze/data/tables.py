@@ -102,17 +102,9 @@ def find_in_tables(
     classes: Sequence[str] | None = None,
     group_column: str | None = None,
 ) -> Found | None:
-    """Photos that tables name, with their labels.
+    """Photos that tables name, with their labels: the table of each split, or one under `""` for all.
 
-    Args:
-        root: The folder in which, or in whose sub-folders, the photos lie.
-        tables: The table of each split, or one under ``""`` that may have a column for it.
-        rules: Which photos count.
-        columns: Names for `file`, `label` (several for one column per label) and `split`; what is not given is found.
-        label_separator: Between labels in one cell; None finds it out.
-        multi_label: Whether a photo may have several labels; None finds it out.
-        classes: Those that are wanted, in the order of their labels.
-        group_column: The column of the groups.
+    Columns, separator and whether a photo may have several labels are found out where they are not given.
 
     Returns:
         What was found, or None for tables without columns of files and labels, where `columns` names none.

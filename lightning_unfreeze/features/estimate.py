@@ -38,13 +38,9 @@ class Estimate:
 
 
 def estimate(work: FeaturePass, earlier: StoredData | None, num_epochs: int, limit: float) -> Estimate:
-    """Measures the step both ways, the reading of images, and the pass. A collective call.
+    """Measures the step both ways, the reading of images, and the pass that would read `earlier`. A collective call.
 
-    Args:
-        work: The pass.
-        earlier: The store that it would read in place of images.
-        num_epochs: Of the stage.
-        limit: Of the batches of an epoch: their number, or their share as a float.
+    `limit` is of the batches of an epoch: their number, or their share as a float.
     """
     layout, loader, host = work.layout, work.data.loader, work.host
     images = ViewBatches(loader, work.data.views, work.data.seed)

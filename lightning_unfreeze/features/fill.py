@@ -72,14 +72,6 @@ class FeaturePass:
     """Opens the store of (data, prefix), or fills it: from an earlier store where there is one, else from the images.
 
     All methods are collective: every rank calls them. Where one fails to fill, all raise and no half store stays.
-
-    Args:
-        host: Gives device, processes and the way of a batch to the step.
-        data: What is stored.
-        prefix: What runs on it.
-        root: Folder of the stores.
-        dtype: Precision on disk.
-        verify: How much of an existing store is checked.
     """
 
     def __init__(

@@ -49,10 +49,7 @@ def linear_head(network: nn.Module, trainable: Iterable[nn.Parameter]) -> nn.Lin
 def head_rows(run: Callable[[Any], Any], head: nn.Linear, batches: Iterable[Any]) -> HeadRows:
     """What the head reads on each batch, and the targets of the cross entropy that its answers go to.
 
-    Args:
-        run: The step, on one of the batches; called without gradients, the network in eval mode.
-        head: The linear layer.
-        batches: As the step gets them.
+    `run` is the step on one of the batches, called without gradients, the network in eval mode.
 
     Raises:
         NotLinearError: If the head is called more than once, on something else than rows, or its answers go to no
@@ -85,12 +82,7 @@ def head_rows(run: Callable[[Any], Any], head: nn.Linear, batches: Iterable[Any]
 def solve_on_stores(host: Host, trainable: Iterable[nn.Parameter], stores: Mapping[str, StoredData]) -> str:
     """Solves the head on the features of all views, the ridge chosen on `"val"` where there is one; what came out.
 
-    A collective call.
-
-    Args:
-        host: Its step, on stored features, is what the head's rows and targets are caught in.
-        trainable: The parameters that would train instead, those of the head.
-        stores: By `"train"` and `"val"`.
+    Rows and targets are caught in the step of the host on the stores, by `"train"` and `"val"`. A collective call.
 
     Raises:
         NoStoreError: As `head_rows`, on all ranks alike.
@@ -113,14 +105,9 @@ def solve_on_stores(host: Host, trainable: Iterable[nn.Parameter], stores: Mappi
 
 
 def why_not_solved(host: Host, trainable: Iterable[nn.Parameter], stored: StoredData | None = None) -> str:
-    """What `solve_on_stores` would refuse; empty where it would solve.
+    """What `solve_on_stores` would refuse, by the layers and a few rows of `stored`; empty where it would solve.
 
     A collective call.
-
-    Args:
-        host: As in `solve_on_stores`.
-        trainable: As in `solve_on_stores`.
-        stored: A few of its rows are looked at; without it the layers alone are.
     """
     try:
         head = linear_head(host.network, trainable)

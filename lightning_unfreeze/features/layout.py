@@ -25,12 +25,7 @@ class StoreError(RuntimeError):
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One row of one stored tensor.
-
-    Args:
-        shape: Shape of a row, without the batch dimension.
-        dtype: Dtype on disk.
-    """
+    """One row of one stored tensor: its shape without the batch dimension, and its dtype on disk."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype

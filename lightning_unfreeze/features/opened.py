@@ -21,12 +21,7 @@ class OpenStores(dict[str, StoredData]):
         self.earlier: list[StoredData] = []
 
     def open_for(self, split: str, batch: Any) -> None:
-        """Has the network take the features of this batch, until `close`; harmless where there is no store.
-
-        Args:
-            split: Whose batch it is.
-            batch: As the step gets it, with what stands in for the images.
-        """
+        """Has the network take the features of this batch, until `close`; harmless where there is no store."""
         stored = self.get(split)
         if stored is not None:
             stored.prefix.remove()  # a batch that another callback skipped had no end

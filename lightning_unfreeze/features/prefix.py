@@ -369,13 +369,7 @@ class FrozenPrefix:
 
 @torch.no_grad()
 def advance(features: Mapping[str, Tensor], from_prefix: FrozenPrefix, to_prefix: FrozenPrefix) -> dict[str, Tensor]:
-    """Features at one boundary from those at an earlier one, without the images.
-
-    Args:
-        features: ``{key: (B, ...)}`` of ``from_prefix``.
-        from_prefix: The earlier boundary.
-        to_prefix: The later boundary of the same network, in its present modes.
-    """
+    """Features at one boundary of a network from those at an earlier one, without the images."""
     with from_prefix.replay(features) as packed:
         return to_prefix.extract(packed)
 

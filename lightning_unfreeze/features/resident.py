@@ -21,11 +21,6 @@ _CPU_BYTES = 256 * 2**20  # above that the page cache holds a store as well, and
 def choose_place(num_bytes: int, device: torch.device, share: float = 0.5) -> Place:
     """Where the rows of a store go: the first place of which they take at most `share` of what is free.
 
-    Args:
-        num_bytes: Size of the store.
-        device: Where the step runs.
-        share: Of the free memory, in (0, 1].
-
     Returns:
         `"device"`, `"pinned"` (CUDA alone, in memory of the host) or `"disk"`. On a CPU rows of more than 256 MiB stay
         on disk, where a memory map reads them at nearly the speed of memory.
@@ -157,14 +152,7 @@ def resident(
     on_host: Collection[str] = (),
     share: float = 0.5,
 ) -> tuple[FeatureStore | ResidentStore, str]:
-    """The store in the place that was chosen, or in the next one where there is no room after all.
-
-    Args:
-        store: On disk.
-        device: Where the step runs.
-        place: `"auto"` for that of `choose_place`.
-        on_host: Names of tensors that stay on the host.
-        share: Of the free memory that they may take, for `"auto"`.
+    """The store in the place that was chosen (`"auto"`: by `choose_place`), or in the next one with room.
 
     Returns:
         What to read from, and a sentence where it is not where it was to be.

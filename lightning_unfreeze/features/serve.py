@@ -30,14 +30,7 @@ from lightning_unfreeze.seeding import keyed_rng
 
 
 class ViewBatches(Dataset[Any]):
-    """Collated batches of one view: each sample a function of (seed, view, row), whatever runs beside or before.
-
-    Args:
-        loader: Gives the collate function, and whether the dataset is asked for whole batches.
-        views: The dataset of each view.
-        seed: Seed of the augmentation.
-        view: The view that is read.
-    """
+    """Collated batches of one view: each sample a function of (seed, view, row), whatever runs beside or before."""
 
     def __init__(self, loader: DataLoader[Any], views: Sequence[Any], seed: int, view: int = 0) -> None:
         self.collate, self.whole = loader.collate_fn, loader.batch_sampler is None
@@ -125,13 +118,7 @@ class StoredBatch:
 
 
 class FeatureDataset(Dataset[StoredBatch]):
-    """Whole batches from a store: indexed by a list of rows.
-
-    Args:
-        store: Features and what lies beside the images, on disk or in memory.
-        form: A batch as the step gets it.
-        prefix: What the features are of.
-    """
+    """Whole batches from a store, on disk or in memory: indexed by a list of rows."""
 
     def __init__(self, store: FeatureStore | ResidentStore, form: BatchForm, prefix: FrozenPrefix) -> None:
         self.store, self.form, self.prefix = store, form, prefix

@@ -22,10 +22,6 @@ from lightning_unfreeze.features.viewed import ViewedData
 def find_shortcut(host: Host, data: ViewedData) -> tuple[FrozenPrefix, str]:
     """The frozen prefix for the training step, checked on a batch; and why it does not lie deeper. Called `aside`.
 
-    Args:
-        host: Gives network and step; the frozen part in eval mode.
-        data: Gives a batch and its form.
-
     Raises:
         NoStoreError: If there is none, with the reason.
     """

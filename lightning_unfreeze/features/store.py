@@ -163,12 +163,8 @@ def store_lock(directory: str | Path, timeout_seconds: float = -1) -> Iterator[N
 def prune(root: str | Path, max_bytes: int, keep: Collection[str | Path] = ()) -> list[Path]:
     """Remove the stores under `root` that were not used for longest, until those left hold at most `max_bytes`.
 
-    Unfinished stores count and go like the others. Stores that are being written stay, and so does what is no store.
-
-    Args:
-        root: The directory that holds the store directories.
-        max_bytes: Bytes that may stay.
-        keep: Store directories that stay in any case.
+    Unfinished stores count and go like the others. Stores that are being written stay, those in
+    `keep`, and what is no store.
 
     Returns:
         The directories removed, oldest first.

@@ -116,11 +116,7 @@ def view_data(
 
 
 def check_loader(loader: Any, *, in_order: bool = False) -> DataLoader[Any]:
-    """The loader, if its samples can be stored one by one and its batches made of stored rows.
-
-    Args:
-        loader: The user's.
-        in_order: Whether it has to give its samples in their order, too.
+    """The loader, if its samples can be stored one by one (and come `in_order`), and its batches made of stored rows.
 
     Raises:
         NoStoreError: For anything else, with the reason.
@@ -168,11 +164,7 @@ def training_views(
 ) -> list[Any]:
     """The dataset of each view: with the evaluation transform first, then as it is, for its random draws.
 
-    Args:
-        dataset: The training data.
-        num_views: Views in all.
-        transform: Of view 0; None takes that of the validation data.
-        validation_data: Gives it; asked only where it is needed.
+    Without a `transform` that of the validation data is taken, which is asked for only then.
 
     Raises:
         NoStoreError: If there is nothing to replace, or nothing to replace it with.

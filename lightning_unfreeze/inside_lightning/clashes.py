@@ -192,10 +192,7 @@ def refuse_without_validation_at_epoch_end(trainer: pl.Trainer, asked: str) -> N
 def refuse_frozen_statistics(optimizer: torch.optim.Optimizer, stage: str, lowest_rate: float) -> None:
     """Refuses a stage whose weights would run away from BatchNorm statistics that stay.
 
-    Args:
-        optimizer: The known collapses are those of Adam's kind.
-        stage: Its name.
-        lowest_rate: Of all layer groups with pretrained BatchNorm; 0 where one of them is frozen.
+    The lowest rate is of all layer groups with pretrained BatchNorm; 0 where one of them is frozen.
 
     Raises:
         MisconfigurationException: Saying which rates do.

@@ -28,12 +28,7 @@ def views_of(
 ) -> list[Any]:
     """The dataset of each view of what a fit reads, view 0 first, if they can be stored; no sample is read.
 
-    Args:
-        trainer: Its validation data gives the transform of view 0, where none is passed.
-        split: Validation data has one view.
-        loader: Of the split.
-        num_views: Of the training data.
-        eval_transform: Of view 0.
+    Validation data has one view, and gives the transform of view 0 where none is passed.
 
     Raises:
         NoStoreError: With the reason.

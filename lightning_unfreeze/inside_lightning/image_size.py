@@ -20,11 +20,7 @@ _PROBE_IMAGES = 2  # BatchNorm behind the pooling needs more than one
 
 
 def refuse_fixed_image_size(trainer: pl.Trainer, sizes: dict[str, int]) -> None:
-    """Refuses sizes that nobody can set.
-
-    Args:
-        trainer: Its data module is asked.
-        sizes: Stage name -> side in pixels, of the stages that want one.
+    """Refuses sizes (stage name -> side in pixels) that nobody can set.
 
     Raises:
         MisconfigurationException: With the stage.

@@ -39,13 +39,7 @@ def step_output(
 ) -> Any:
     """What the module's own step returns for a batch that lies on the device, in the Trainer's precision.
 
-    Args:
-        trainer: In `fit`.
-        pl_module: Its module.
-        batch: On the device.
-        batch_idx: Passed on to a step that takes it.
-        name: Which step.
-        together: Through the strategy's wrapper (DDP), a collective call; False leaves it out.
+    `together` goes through the wrapper of the strategy (DDP), a collective call.
     """
     step = getattr(pl_module, name)
     arguments = (batch, batch_idx) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else (batch,)
@@ -93,11 +87,7 @@ def optimizer_step(
 ) -> Tensor | None:
     """One optimizer step as the Trainer makes it: precision, clipping, accumulation. A collective call.
 
-    Args:
-        trainer: In `fit`, with one optimizer.
-        pl_module: Its module.
-        batches: Batches as a loader gives them, each with its index; one is drawn for each micro-batch.
-        around: What a step on a batch needs around it.
+    One of the batches, as a loader gives them with their index, is drawn for each micro-batch.
 
     Returns:
         The mean loss of the micro-batches, None where all were skipped.

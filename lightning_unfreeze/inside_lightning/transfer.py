@@ -98,13 +98,9 @@ def who_may_change_batches(owners: Iterable[Any]) -> str:
 
 
 def who_changes_batches(trainer: pl.Trainer, owners: Iterable[Any], batch: Any, is_same: Callable[[Any], bool]) -> str:
-    """The first callback, or the module, whose `on_train_batch_start` changes a batch; `""` if none. In a `sandbox`.
+    """The first callback, or the module, whose `on_train_batch_start` changes a batch; `""` if none.
 
-    Args:
-        trainer: In `fit`.
-        owners: Callbacks and the module; inside a sandbox the Trainer has none.
-        batch: As the step gets it; they are handed copies.
-        is_same: Whether a batch is still what it was.
+    In a `sandbox`, where the Trainer has no callbacks: hence `owners`. They are handed copies.
     """
     for owner in handed_batches(owners, "on_train_batch_start"):
         arguments = (trainer, trainer.lightning_module) if isinstance(owner, pl.Callback) else ()

@@ -63,14 +63,7 @@ def check_rates(trainer: pl.Trainer, pl_module: pl.LightningModule, stage_name: 
 
 
 class PlanWatch:
-    """Compares, before each optimizer step, what is in force with what the plan set: cheap enough for every step.
-
-    Args:
-        groups: All layer groups.
-        stage_name: For the messages.
-        trained: The names of the layer groups that train.
-        modes: Of what is frozen.
-    """
+    """Compares, before each optimizer step, what is in force with what the plan set: cheap enough for every step."""
 
     def __init__(
         self, groups: Mapping[str, LayerGroup], stage_name: str, trained: Collection[str], modes: FrozenModes

@@ -67,11 +67,6 @@ def trained_parameters(
 
     With `train="adapters"` the adapters alone, and the whole head.
 
-    Args:
-        groups: What `layer_groups` gave.
-        train: As in `select`.
-        fixed: What `fixed_parameters` gave.
-
     Raises:
         ValueError: As in `select`; or where nothing is left to train.
     """
@@ -115,12 +110,7 @@ def frozen_modules(
     That is every module all of whose parameters are frozen, with everything inside it, and the modules without
     parameters that follow a frozen one. What stands right before the head (its dropout) goes with the head, unless it
     has buffers. Modules without parameters outside the network (augmentations, metrics, losses) are left alone.
-
-    Args:
-        module: What the groups were made of.
-        groups: What `layer_groups` gave.
-        trained: Names of the groups that train.
-        fixed: Parameters that are frozen although their group trains.
+    `fixed` are frozen although their group trains.
     """
     frozen = [group for name, group in groups.items() if name not in trained]
     parameters = {parameter for group in frozen for parameter in group}.union(fixed)

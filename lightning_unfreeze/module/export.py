@@ -49,13 +49,6 @@ def export(
     The batch size is free. The facts (class names and so on) travel in the file: ONNX's metadata, or the extra file
     `facts.json`.
 
-    Args:
-        deployed: The network with its normalisation, on the CPU.
-        path: Where to.
-        file_format: `"onnx"` (needs the extra `export`), or `"pt2"`.
-        input_size: Channels, height and width.
-        facts: What to write beside the network; values that JSON takes.
-
     Raises:
         MisconfigurationException: If a package is missing, or the file computes something else than the network.
     """

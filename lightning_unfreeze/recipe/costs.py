@@ -146,10 +146,6 @@ class Probe(GradualUnfreeze):
 
     A subclass measures in `on_train_start`, and sets `trainer.should_stop` after that.
 
-    Args:
-        trainer: The user's, with the plan among its callbacks.
-        pl_module: Its module.
-
     Raises:
         MisconfigurationException: Where the trainer has no `GradualUnfreeze`, or `fit` would refuse the plan.
     """

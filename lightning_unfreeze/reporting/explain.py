@@ -36,14 +36,7 @@ background:#8882}figure b{color:var(--bad)}img.plot{max-width:100%;height:auto;b
 
 
 def write_report(judged: Judged, pictures: Mapping[int, Image], folder: Path, title: str) -> Path:
-    """Writes `index.html` and the tables and pictures behind it; returns the page.
-
-    Args:
-        judged: Predictions and truth.
-        pictures: Pictures of samples by row, of the worst ones at least.
-        folder: Where to; made if need be.
-        title: What was judged.
-    """
+    """Writes `index.html` and the tables and pictures behind it; returns the page."""
     bins, class_rows, sample_rows = judged.calibration(), judged.class_rows(), judged.sample_rows()
     write_csv(folder / "per_class.csv", class_rows)
     write_csv(folder / "samples.csv", sample_rows)

@@ -11,14 +11,7 @@ _OF_THE_PLAN = ("name", "train", "epochs", "lr", "lr_mult", "lr_span", "precompu
 
 
 def model_card(checkpoint: Mapping[str, Any], judged: Judged, split: str, name: str) -> str:
-    """Markdown: what the model is, what it was trained on and how, what it scores per class, and its limits.
-
-    Args:
-        checkpoint: As loaded.
-        judged: Predictions on a split, and the truth.
-        split: Which.
-        name: The checkpoint's file name.
-    """
+    """Markdown: what the model is, what it was trained on and how, what it scores per class, and its limits."""
     options = checkpoint.get("hyper_parameters", {})
     config = options.get("data_config") or {}
     num, right = len(judged.names), int(judged.right.sum())

@@ -266,9 +266,7 @@ def check_plan(stages: Sequence[Stage]) -> None:
 def unserved(stages: Sequence[Stage], present: Collection[str]) -> str:
     """What the first stage asks for that no callback serves, and what to do; `""` where all is served.
 
-    Args:
-        stages: The plan.
-        present: Names of the classes of callbacks that there are, those of their bases too.
+    `present` are the names of the callbacks' classes and of their bases.
     """
     for stage in stages:
         for option, callback in stage.needs.items():

@@ -81,10 +81,6 @@ class Progress:
     def in_other_plan(self, before: Sequence[Mapping[str, Any]], stages: Sequence[Stage]) -> Progress:
         """The stage of the same name in another plan; it starts anew where it stands if it was itself changed.
 
-        Args:
-            before: The plan so far, as a checkpoint keeps it.
-            stages: The new one.
-
         Raises:
             ValueError: Where the new plan has no such stage.
         """

@@ -34,11 +34,7 @@ def thumbnail(image: Tensor) -> Tensor:
 def plot_flips(result: TTAResult, images: Mapping[int, Tensor], classes: Sequence[str] | None, title: str) -> Figure:
     """Predictions that TTA corrected and corrupted, per class, and a sheet of the images they belong to.
 
-    Args:
-        result: One set.
-        images: Pictures `(H, W, 3)` in [0, 1] of flipped samples, by index.
-        classes: Class names; None writes numbers.
-        title: What was evaluated.
+    Images are pictures `(H, W, 3)` in [0, 1] of flipped samples, by index.
     """
     from matplotlib.figure import Figure
 

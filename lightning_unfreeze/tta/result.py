@@ -68,15 +68,7 @@ def flipped_rows(flipped: Tensor) -> list[int]:
 def scores_of(
     result: TTAResult, pl_module: pl.LightningModule, prefix: str, word: str = "tta", *, with_plain: bool = True
 ) -> dict[str, float]:
-    """All numbers of one set, by the name they are logged under.
-
-    Args:
-        result: One set.
-        pl_module: The module, whose own metrics are computed too.
-        prefix: `"val"` or `"test"`.
-        word: Stands for the augmentation in the names.
-        with_plain: Whether the numbers without augmentation are among them.
-    """
+    """All numbers of one set, the module's own classification metrics among them, by the name they are logged under."""
     scores: dict[str, float] = {}
     target, activation = result.target, result.activation
     before, after = result.correct_plain, result.correct
@@ -106,11 +98,6 @@ def disagreements(results: Mapping[str, TTAResult], prefix: str, logged: Mapping
 
     Batches of unequal size may be averaged without their sizes, and precisions differ, so a sample or two, or two
     points, are no disagreement.
-
-    Args:
-        results: By `"val"` or `"test"`, with `"/dataloader_idx_1"` behind it where there are several loaders.
-        prefix: `"val"` or `"test"`.
-        logged: What the module logged.
     """
     for own, value in logged.items():
         bare, slash, loader = own.partition("/dataloader_idx_")
