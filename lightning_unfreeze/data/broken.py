@@ -37,13 +37,7 @@ def _head(image: Any, length: int) -> bytes:
 
 
 def what_is_wrong(path: Path, reading: Reading, in_full: bool = False) -> str | None:
-    """Why a file is no image, or None.
-
-    Args:
-        path: The file.
-        reading: How it is read.
-        in_full: Decode it. Else header and end are looked at, and it is decoded only if they leave a doubt.
-    """
+    """Why a file is no image, or None; it is decoded `in_full`, or only where its header and its end leave a doubt."""
     try:
         if not in_full and reading.num_channels in (1, 3):
             size = os.path.getsize(path)

@@ -6,6 +6,7 @@ import fnmatch
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -150,21 +151,17 @@ class CachedBatches:
             raise RuntimeError(f"no features can be stored: {error}") from error
 
 
+@dataclass(frozen=True)
 class _Source:
     """Makes stores of loaders, all with the same settings."""
 
-    def __init__(
-        self,
-        host: Host,
-        root: Path,
-        views: int,
-        eval_transform: Callable[[Any], Any] | None,
-        dtype: StoreDtype,
-        fingerprint: str | None,
-        seed: int,
-    ) -> None:
-        self.host, self.root, self.views, self.eval_transform = host, root, views, eval_transform
-        self.dtype, self.fingerprint, self.seed = dtype, fingerprint, seed
+    host: Host
+    root: Path
+    views: int
+    eval_transform: Callable[[Any], Any] | None
+    dtype: StoreDtype
+    fingerprint: str | None
+    seed: int
 
     def data(self, loader: Any, name: str) -> ViewedData:
         loader = check_loader(loader)

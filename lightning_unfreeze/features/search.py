@@ -84,10 +84,6 @@ def verify(prefix: FrozenPrefix, images: Tensor) -> str:
     The first in the network's present modes from the same random state. Equal means bitwise equal; where two plain runs
     differ among themselves (atomic additions of some GPU kernels), equal up to that.
 
-    Args:
-        prefix: What to check.
-        images: ``(B, C, H, W)``, on the network's device.
-
     Returns:
         The reason why it does not hold; empty when it does.
     """

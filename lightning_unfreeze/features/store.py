@@ -34,6 +34,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -280,12 +281,8 @@ class FeatureStore:
                 raise StoreError(f"A file of {self.directory} was cut short while it was in use.")
         return out
 
-    def __reduce__(self) -> tuple[Callable[..., FeatureStore], tuple[Path, str]]:
-        return _reopen, (self.directory, self.layout.fingerprint)
-
-
-def _reopen(directory: Path, fingerprint: str) -> FeatureStore:
-    return FeatureStore.open(directory, fingerprint=fingerprint)
+    def __reduce__(self) -> tuple[Callable[..., FeatureStore], tuple[Path]]:
+        return partial(FeatureStore.open, fingerprint=self.layout.fingerprint), (self.directory,)
 
 
 def _verify(path: Path, num_bytes: int, chunk_bytes: int, checksums: Sequence[int], verify: str) -> None:

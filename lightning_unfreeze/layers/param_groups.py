@@ -63,9 +63,6 @@ def decay_groups(module: nn.Module) -> list[dict[str, Any]]:
     timm's rule: no decay of biases, norms and all else of one dimension, of what the network's `no_weight_decay()`
     names, and of class tokens and position tables.
 
-    Args:
-        module: The network, or what holds it.
-
     Returns:
         Parameters without a `weight_decay`, so that the optimizer's own holds, and those with 0.
 

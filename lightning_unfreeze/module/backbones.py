@@ -36,13 +36,7 @@ _PROBE_SECONDS = 5.0
 def build_network(
     backbone: str, num_outputs: int, pretrained: bool | str, kwargs: dict[str, Any]
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A network with a new head, and what it expects of its input, in timm's words.
-
-    Args:
-        backbone: A model name of timm, or `torchvision/NAME`.
-        num_outputs: Outputs of the new head.
-        pretrained: True for published weights, False for none, or a local file's path.
-        kwargs: Further arguments of the model.
+    """A network with a new head, and what it expects of its input, in timm's words; see `TransferClassifier`.
 
     Raises:
         ValueError: For an unknown backbone, or weights that are missing, out of reach, or of another network.

@@ -232,10 +232,8 @@ class _PlanProbe(Probe):
         batches = int(trainer.num_training_batches)
         images = sized_len(getattr(loader, "dataset", None)) or 0
         self.enter(trainer, stage)
-        trained, parameters = (
-            self.what_trains.trained(stage),
-            sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
-        )
+        trained = self.what_trains.trained(stage)
+        parameters = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         step_flops, frozen_flops, step_seconds = self._measure(trainer, pl_module, batch)
         # a stored stage runs the frozen part once for every image, and only the rest on every epoch
         share = frozen_flops / step_flops if stage.precompute and step_flops else 0.0
