@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from lightning_unfreeze import GradualUnfreeze, PrecomputeFeatures, Stage, layer_groups
-from tests.conftest import quiet_trainer, same_weights, weights_of
 from tests.hugging_face import FAMILIES, HuggingFaceModule, build, photo_loader
+from tests.zoo import quiet_trainer, same_weights, weights_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "hugging_face_and_peft.md"
 HEADER = "| family | layer groups of the default size | stored at, bitwise | LoRA, saved and loaded |"

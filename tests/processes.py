@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,9 @@ def fork(action: Callable[[], object]) -> Forked:
     """Runs `action` in a child process, which then ends: with status 0, that of a `SystemExit`, or 1 for an error."""
     sys.stdout.flush()
     sys.stderr.flush()
-    pid = os.fork()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)  # from Python 3.12 on
+        pid = os.fork()
     if pid:
         return Forked(pid)
     status = 1
@@ -63,6 +66,17 @@ def fork(action: Callable[[], object]) -> Forked:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def in_another_process(action: Callable[[], object]) -> None:
+    """Runs `action` in a child, for which warnings are no errors, to its end; an error there is one here."""
+
+    def without_warnings() -> None:
+        warnings.simplefilter("ignore")
+        action()
+
+    status = fork(without_warnings).wait()
+    assert status == 0, f"the process ended with {status}; its error is in what was captured"
 
 
 def until(condition: Callable[[], Any]) -> Any:

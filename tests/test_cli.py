@@ -50,15 +50,17 @@ def own_photos_arguments(folder: Path) -> list[str]:
 TINY = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 
 
-@pytest.mark.pictures
+# all configs but those of the quickstart and the study; one of them draws its pictures
+ALL_CONFIGS = [
+    pytest.param(path.stem, marks=pytest.mark.pictures if path.stem == "nine_steps" else [])
+    for path in sorted(CONFIGS.glob("*.yaml"))
+    if not path.stem.startswith(("quickstart", "study"))
+]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*no signal:UserWarning", "ignore:.*without stored features:UserWarning")
-@pytest.mark.parametrize(
-    "name",
-    sorted(
-        path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "quickstart" and not path.stem.startswith("study")
-    ),
-)
+@pytest.mark.parametrize("name", ALL_CONFIGS)
 def test_config__is_complete_and_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["fit", "--config", str(CONFIGS / f"{name}.yaml"), *own_photos_arguments(photos(tmp_path / "photos"))]
@@ -83,7 +85,7 @@ def test_config__is_complete_and_runs(name: str, tmp_path: Path, monkeypatch: py
     (table,) = Path("runs").rglob("stages.csv")
     rows = list(csv.DictReader(table.read_text().splitlines()))
     assert [row["stage"] for row in rows] == [stage["name"] for stage in stages]
-    assert (table.parent / "stages.png").stat().st_size > 5000
+    assert (table.parent / "stages.png").stat().st_size > (5000 if name == "nine_steps" else 0)
     # the last one, also where no epoch after the first was better
     last = torch.load(table.parent / "last.ckpt", weights_only=False)
     assert last["epoch"] + 1 == sum(int(row["epochs"]) for row in rows)
@@ -240,7 +242,7 @@ def test_plan__shows_each_stage_and_trains_nothing(
 def test_plan__counts_flops_and_parameters_as_arithmetic_does(tmp_path: Path) -> None:
     from lightning_unfreeze import DigitsData, GradualUnfreeze, Stage, TransferClassifier
     from lightning_unfreeze.recipe.costs import plan_costs
-    from tests.conftest import quiet_trainer
+    from tests.zoo import quiet_trainer
 
     stages = [Stage("head", train="head", epochs=2), Stage("full", epochs=3)]
     module = TransferClassifier("digits_resnet", num_classes=5, pretrained=False)
@@ -259,7 +261,7 @@ def test_plan__counts_frozen_modules_that_a_container_only_holds(tmp_path: Path)
     """A ModuleList is never called: its FLOPs are those of its modules, once for a stored stage."""
     from lightning_unfreeze import GradualUnfreeze, PrecomputeFeatures, Stage
     from lightning_unfreeze.recipe.costs import plan_costs
-    from tests.conftest import quiet_trainer
+    from tests.zoo import quiet_trainer
 
     class Listed(pl.LightningModule):
         def __init__(self) -> None:
@@ -291,7 +293,7 @@ def test_plan__counts_frozen_modules_that_a_container_only_holds(tmp_path: Path)
 def test_plan__costs_what_the_limit_on_batches_lets_through(tmp_path: Path) -> None:
     from lightning_unfreeze import DigitsData, GradualUnfreeze, Stage, TransferClassifier
     from lightning_unfreeze.recipe.costs import plan_costs
-    from tests.conftest import quiet_trainer
+    from tests.zoo import quiet_trainer
 
     module = TransferClassifier("digits_resnet", num_classes=5, pretrained=False)
 
@@ -306,7 +308,7 @@ def test_plan__costs_what_the_limit_on_batches_lets_through(tmp_path: Path) -> N
 def test_plan__warns_of_rates_too_low_and_says_what_freezing_saves() -> None:
     from lightning_unfreeze import DigitsData, GradualUnfreeze, Stage, TransferClassifier
     from lightning_unfreeze.recipe.costs import plan_costs
-    from tests.conftest import quiet_trainer
+    from tests.zoo import quiet_trainer
 
     module = TransferClassifier("digits_resnet", num_classes=5, pretrained=False)
     # six layer groups: 1/1024, 1/256, 1/64, 1/16, 1/4, 1 of the rate; and 1/32, 1/16, 1/8, 1/4, 1/2, 1
@@ -329,7 +331,7 @@ def test_plan__warns_of_rates_too_low_and_says_what_freezing_saves() -> None:
 def test_plan__of_data_without_a_length_is_refused() -> None:
     from lightning_unfreeze import GradualUnfreeze, Stage
     from lightning_unfreeze.recipe.costs import plan_costs
-    from tests.conftest import UserModule, quiet_trainer
+    from tests.zoo import UserModule, quiet_trainer
 
     class Endless(torch.utils.data.IterableDataset[object]):
         def __iter__(self) -> object:  # type: ignore[override]
@@ -537,7 +539,7 @@ def test_quickstart__fits_then_tests_and_predicts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    main(["fit", "--config", str(CONFIGS / "quickstart.yaml"), *TINY])
+    main(["fit", "--config", str(CONFIGS / "quickstart.yaml"), "--stage.full.num_cycles=2", *TINY])
     (checkpoint,) = Path("runs").rglob("*.ckpt")
     main(["test", "--config", str(CONFIGS / "quickstart.yaml"), f"--ckpt_path={checkpoint}", *TINY])
     accuracy = float(re.search(r"test_acc\W+([0-9.]+)", capsys.readouterr().out).group(1))  # type: ignore[union-attr]

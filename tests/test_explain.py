@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_unfreeze import TransferClassifier, TTAEval
 from lightning_unfreeze.callbacks.error_report import ErrorReport
 from lightning_unfreeze.cli import main
-from tests.conftest import UserModule, quiet_trainer, random_images
+from tests.zoo import Evaluated, quiet_trainer, random_images
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*tensorboardX.*",
@@ -113,14 +112,10 @@ def test_help__names_the_options_of_the_command(
 
 
 def test_error_report__serves_any_module_and_needs_tta(tmp_path: Path) -> None:
-    class Tested(UserModule):
-        def test_step(self, batch: Any, batch_idx: int) -> None:
-            self.log("test_loss", torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
-
     loader = DataLoader(random_images(), batch_size=8)
     with pytest.raises(MisconfigurationException, match=r"add TTAEval\(\)"):
-        quiet_trainer([ErrorReport()]).test(Tested(), loader)
-    report, module = ErrorReport(num_photos=4), Tested()
+        quiet_trainer([ErrorReport()]).test(Evaluated(), loader)
+    report, module = ErrorReport(num_photos=4), Evaluated()
     runner = quiet_trainer([TTAEval(figure=False), report], logger=True, default_root_dir=str(tmp_path))
     runner.test(module, loader)
     (page,) = report.pages

@@ -26,7 +26,6 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loops import _EvaluationLoop, _TrainingEpochLoop
 from lightning.pytorch.strategies import DDPStrategy
-from matplotlib.figure import Figure
 
 from lightning_unfreeze.callbacks.base import Conductor, StageCallback
 from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage
@@ -38,9 +37,14 @@ from lightning_unfreeze.features.fill import FeaturePass
 from lightning_unfreeze.features.layout import StoreError
 from lightning_unfreeze.features.store import FeatureStore
 from lightning_unfreeze.stages.plan import Stage
-from tests.conftest import (
+from tests.processes import Forked, fork, needs_fork
+from tests.zoo import (
+    Images,
+    LogsByEpoch,
+    Saves,
     SmallNet,
     UserModule,
+    checkpoint_at,
     keyed_loader,
     loader,
     quiet_trainer,
@@ -49,7 +53,6 @@ from tests.conftest import (
     steady_module,
     weights_of,
 )
-from tests.processes import Forked, fork, needs_fork
 
 pytestmark = [
     pytest.mark.slow,
@@ -176,8 +179,6 @@ def child(scratch: Path, action: Callable[[], object]) -> Forked:
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         # Lightning writes a checkpoint there first, and moves it: what a kill leaves of that is not the package's
         tempfile.tempdir = str(scratch)
-        # drawing the pictures would be most of the time
-        Figure.savefig = lambda self, path, **options: Path(path).write_bytes(b"picture")  # type: ignore[method-assign]
         action()
 
     return fork(in_scratch)
@@ -315,6 +316,15 @@ class SendsSigterm(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The weights and the tables of a run of the recipe that nothing stopped."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    scratch = folder / "scratch"
+    assert wait(child(scratch, lambda: finish(folder / "run", scratch, 1000))) == 0, output_of(scratch)
+    return torch.load(scratch / "weights.pt"), tables_in(folder / "run")
+
+
 @pytest.mark.parametrize(
     ("at_step", "at_epoch_end"),
     # inside an epoch of each stage; in the last batch of a stage, of a cycle and of the run, where Lightning stops
@@ -322,7 +332,7 @@ class SendsSigterm(Callback):
     [(4, False), (7, False), (16, False), (11, False), (14, False), (20, False), (2, True), (11, True)],
 )
 def test_sigterm__lightning_ends_the_run_and_it_goes_on_where_it_was(
-    at_step: int, at_epoch_end: bool, tmp_path: Path
+    at_step: int, at_epoch_end: bool, uninterrupted: tuple[Any, Any], tmp_path: Path
 ) -> None:
     def interrupted() -> None:
         saves = ModelCheckpoint(tmp_path / "run", "preempted", save_on_exception=True, every_n_epochs=1000)
@@ -332,15 +342,11 @@ def test_sigterm__lightning_ends_the_run_and_it_goes_on_where_it_was(
     (saved,) = (tmp_path / "run").glob("preempted*.ckpt")
     assert torch.load(saved, weights_only=True)["global_step"] == at_step + 1
     saved.rename(tmp_path / "run" / "last.ckpt")
-    whole, scratch = tmp_path / "whole", tmp_path / "scratch"
-    children = [
-        child(scratch / "resumed", lambda: finish(tmp_path / "run", scratch / "resumed", 1000)),
-        child(scratch / "whole", lambda: finish(whole, scratch / "whole", 1000)),
-    ]
-    assert [wait(each) for each in children] == [0, 0], output_of(scratch / "resumed")
-    resumed, uninterrupted = (torch.load(scratch / name / "weights.pt") for name in ("resumed", "whole"))
-    assert same_weights(uninterrupted, resumed) == []
-    assert tables_in(whole) == tables_in(tmp_path / "run")
+    resumed = child(tmp_path / "scratch", lambda: finish(tmp_path / "run", tmp_path / "scratch", 1000))
+    assert wait(resumed) == 0, output_of(tmp_path / "scratch")
+    weights, tables = uninterrupted
+    assert same_weights(weights, torch.load(tmp_path / "scratch" / "weights.pt")) == []
+    assert tables == tables_in(tmp_path / "run")
 
 
 # --- ranks -----------------------------------------------------------------------------------------------------------
@@ -402,6 +408,15 @@ def ranks(scratch: Path, num_ranks: int, action: Callable[[], object]) -> list[F
     return [child(scratch / str(rank), lambda rank=rank: as_rank(rank)) for rank in range(num_ranks)]  # type: ignore[misc]
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two ranks that nothing happened to."""
+    folder, scratch = tmp_path_factory.mktemp("undisturbed") / "run", tmp_path_factory.mktemp("scratch")
+    started = ranks(scratch, 2, lambda: ranked_fit(folder, 2))
+    assert [wait(each) for each in started] == [0, 0], output_of(scratch / "0")
+    return folder
+
+
 @pytest.mark.ddp
 @pytest.mark.parametrize(
     ("where", "how"),
@@ -413,7 +428,9 @@ def ranks(scratch: Path, num_ranks: int, action: Callable[[], object]) -> list[F
         ("training step", signal.SIGSTOP),
     ],
 )
-def test_ranks__one_is_lost_and_the_other_ends_with_an_error(where: str, how: signal.Signals, tmp_path: Path) -> None:
+def test_ranks__one_is_lost_and_the_other_ends_with_an_error(
+    where: str, how: signal.Signals, undisturbed: Path, tmp_path: Path
+) -> None:
     folder, scratch = tmp_path / "run", tmp_path / "scratch"
     first, last = ranks(scratch, 2, lambda: ranked_fit(folder, 2, KillsRank(where, how), wait_seconds=5))
     assert wait(first, 60) == 1, output_of(scratch / "0")
@@ -430,19 +447,9 @@ def test_ranks__one_is_lost_and_the_other_ends_with_an_error(where: str, how: si
     # another run takes what is there and ends as one that was never disturbed
     started = ranks(tmp_path / "again", 2, lambda: ranked_fit(folder, 2))
     assert [wait(each) for each in started] == [0, 0], output_of(tmp_path / "again" / "0")
-    started = ranks(tmp_path / "alone", 2, lambda: ranked_fit(tmp_path / "undisturbed", 2))
-    assert [wait(each) for each in started] == [0, 0], output_of(tmp_path / "alone" / "0")
-    weights = [torch.load(path / "weights.pt") for path in (folder, tmp_path / "undisturbed")]
+    weights = [torch.load(path / "weights.pt") for path in (folder, undisturbed)]
     assert same_weights(*weights) == []
-    assert files_in(folder) == files_in(tmp_path / "undisturbed")
-
-
-class SavesEpochs(Callback):
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        trainer.save_checkpoint(self.folder / f"{trainer.current_epoch}.ckpt")
+    assert files_in(folder) == files_in(undisturbed)
 
 
 @pytest.mark.ddp
@@ -458,9 +465,9 @@ def test_resume__with_another_number_of_ranks_at_an_epochs_end(before: int, afte
         weights: dict[str, torch.Tensor] = torch.load(folder / "weights.pt")
         return weights
 
-    uninterrupted = run(whole, before, SavesEpochs(whole))
+    uninterrupted = run(whole, before, Saves(whole, ("epoch_end", None, None)))
     for epoch in (0, 1, 2):  # inside the first stage, at its end, inside the second
-        resumed = run(tmp_path / f"resumed {epoch}", after, ckpt=str(whole / f"{epoch}.ckpt"))
+        resumed = run(tmp_path / f"resumed {epoch}", after, ckpt=str(checkpoint_at(whole, "epoch_end", epoch)))
         for name, value in uninterrupted.items():
             torch.testing.assert_close(resumed[name], value, rtol=0, atol=1e-6)
 
@@ -468,29 +475,7 @@ def test_resume__with_another_number_of_ranks_at_an_epochs_end(before: int, afte
 # --- what Lightning loses --------------------------------------------------------------------------------------------
 
 
-class ByEpoch(UserModule):
-    """Validation values by epoch, whatever the weights; counts its validations."""
-
-    values = (3.0, 9.0, 2.0, 2.5, 9.0)
-
-    def __init__(self) -> None:
-        super().__init__(SmallNet())
-        self.validated: list[int] = []
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_loss", self.values[self.current_epoch])
-
-    def on_validation_epoch_end(self) -> None:
-        self.validated.append(self.current_epoch)
-
-
-class SavesAfterTheLastBatch(Callback):
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 2:
-            trainer.save_checkpoint(self.folder / f"{trainer.current_epoch}.ckpt")
+LAST_BATCH = ("batch_end", None, 2)
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["a stage follows", "it is the last stage"])
@@ -499,12 +484,12 @@ def test_resume__makes_up_for_the_end_of_an_epoch_that_a_checkpoint_lacks(last: 
 
     def run(folder: Path | None, ckpt: Path | None = None) -> tuple[Any, ...]:
         torch.manual_seed(0 if ckpt is None else 99)
-        module, restarts = ByEpoch(), CosineRestarts()
+        module, restarts = LogsByEpoch([3.0, 9.0, 2.0, 2.5, 9.0]), CosineRestarts()
         until = Stage("until", cycle_len=1, cycle_mult=2, num_cycles=3, until="overfit", lr=0.1)  # 3, then 2: goes on
         after = [] if last else [Stage("after", train="head", epochs=1, lr=0.01)]
         ends = EndsAfterFourEpochs()
         plan = GradualUnfreeze([until, *after])
-        trainer = quiet_trainer([ends, restarts, plan, *([] if folder is None else [SavesAfterTheLastBatch(folder)])])
+        trainer = quiet_trainer([ends, restarts, plan, *([] if folder is None else [Saves(folder, LAST_BATCH)])])
         trainer.fit(module, keyed_loader(), loader(random_images(8)), ckpt_path=ckpt)
         assert torch.is_grad_enabled()
         journal = plan.journal.state_dict()
@@ -520,7 +505,7 @@ def test_resume__makes_up_for_the_end_of_an_epoch_that_a_checkpoint_lacks(last: 
     assert told[:2] == ({"until": [3.0, 2.0]}, [4] if last else [4, 1])
     assert validated == list(range(4 + (not last)))
     for epoch in validated:
-        weights_again, told_again, validated_again = run(None, tmp_path / f"{epoch}.ckpt")
+        weights_again, told_again, validated_again = run(None, checkpoint_at(tmp_path, "batch_end", epoch, 2))
         assert told_again == told
         assert validated_again == validated[epoch:]
         assert same_weights(weights, weights_again) == []
@@ -532,17 +517,6 @@ def test_resume__keeps_the_decision_whether_a_store_pays(
 ) -> None:
     """It was made by a clock, and training on stored features is another run where the images are augmented."""
 
-    class Brightened(torch.utils.data.Dataset):  # type: ignore[type-arg]
-        def __init__(self, transform: Callable[[Any], Any]) -> None:
-            self.images, self.transform = random_images(24), transform
-
-        def __getitem__(self, index: int) -> Any:
-            image, label = self.images[index]
-            return self.transform(image), label
-
-        def __len__(self) -> int:
-            return len(self.images)
-
     def run(estimate: bool, folder: str, ckpt: Path | None = None, *callbacks: Callback) -> dict[str, torch.Tensor]:
         seconds = [0.001, 1.0] if estimate else [1.0, 0.001]  # of an image: with a store, without
         monkeypatch.setattr(FeaturePass, "seconds_per_image", lambda *_: seconds[0])
@@ -552,13 +526,13 @@ def test_resume__keeps_the_decision_whether_a_store_pays(
         stages = [Stage("head", train="head", epochs=3, precompute=True)]
         store = PrecomputeFeatures(tmp_path / folder)
         trainer = quiet_trainer([GradualUnfreeze(stages), store, *callbacks])
-        train = keyed_loader(Brightened(lambda image: image + torch.rand(1)))
-        trainer.fit(module, train, loader(Brightened(lambda image: image)), ckpt_path=ckpt)
+        train = keyed_loader(Images(lambda image: image + torch.rand(1)))
+        trainer.fit(module, train, loader(Images(lambda image: image)), ckpt_path=ckpt)
         assert bool(list((tmp_path / folder).glob("*-train"))) == pays
         return weights_of(module)
 
-    whole = run(pays, "store", None, SavesAfterTheLastBatch(tmp_path))
-    assert same_weights(whole, run(not pays, "another store", tmp_path / "1.ckpt")) == []
+    whole = run(pays, "store", None, Saves(tmp_path, LAST_BATCH))
+    assert same_weights(whole, run(not pays, "another store", checkpoint_at(tmp_path, "batch_end", 1, 2))) == []
 
 
 class EndsAfterFourEpochs(StageCallback):

@@ -20,7 +20,7 @@ from lightning_unfreeze.callbacks.tta import TTAEval
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.data.loaders import EpochSampler, KeyedDataset, ResumableLoader
 from lightning_unfreeze.stages.plan import Stage
-from tests.conftest import UserModule, loader, quiet_trainer, random_images, same_weights, weights_of
+from tests.zoo import UserModule, loader, quiet_trainer, random_images, same_weights, weights_of
 
 CUDA, MPS = torch.cuda.is_available(), torch.backends.mps.is_available()
 ACCELERATOR = "cuda" if CUDA else "mps"

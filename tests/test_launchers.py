@@ -24,8 +24,8 @@ from torch import nn
 from lightning_unfreeze.callbacks.base import StageCallback
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.stages.plan import Stage
-from tests.conftest import SmallNet, UserModule, keyed_loader, loader, quiet_trainer, random_images
 from tests.inside_lightning.test_distributed import needs_fork, ranks_differ_by
+from tests.zoo import SmallNet, UserModule, keyed_loader, loader, quiet_trainer, random_images
 
 pytestmark = [
     pytest.mark.ddp,

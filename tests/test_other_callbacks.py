@@ -37,7 +37,10 @@ from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.reporting import row
 from lightning_unfreeze.stages.plan import Stage
-from tests.conftest import (
+from tests.zoo import (
+    KeepsWeights,
+    LogsByEpoch,
+    Raises,
     SmallNet,
     UserModule,
     keyed_loader,
@@ -122,13 +125,9 @@ def test_early_stopping__ends_the_run_and_the_best_checkpoint_goes_on(tmp_path: 
     assert same_weights(weights_of(uninterrupted), weights_of(module)) == []
 
 
-class Worsens(UserModule):
-    """Validation by epoch, whatever the weights: nothing gets better after the first epoch of a stage."""
-
-    values = (3.0, 4.0, 4.0, 2.0, 5.0, 5.0, 5.0, 5.0, 5.0)
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val/loss", self.values[self.current_epoch])
+def worsens() -> UserModule:
+    """Nothing gets better after the first epoch of a stage."""
+    return LogsByEpoch([3.0, 4.0, 4.0, 2.0, 5.0], "val/loss")
 
 
 STOPPED_PLAN = [Stage("head", train="head", epochs=5, lr=0.1), Stage("top", train=2, epochs=2), Stage("full", epochs=4)]
@@ -138,7 +137,7 @@ def stopped_fit(
     *others: Callback, early_stopping: Any = "stage", at_epoch_end: bool = True, ckpt: Any = None
 ) -> tuple[pl.Trainer, GradualUnfreeze, UserModule]:
     torch.manual_seed(0)
-    module = Worsens(SmallNet())
+    module = worsens()
     plan = GradualUnfreeze(STOPPED_PLAN, early_stopping=early_stopping)
     stopping = EarlyStopping("val/loss", patience=2, check_on_train_epoch_end=at_epoch_end)
     saves = any(isinstance(other, ModelCheckpoint) for other in others)
@@ -226,12 +225,6 @@ def test_batch_size_finder__is_followed_by_the_whole_plan(how: str, tmp_path: Pa
 # --- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
 
-class Interrupts(Callback):
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == 8:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("from_the_command_line", [False, True])
 def test_interrupt__writes_the_table_and_says_how_to_go_on(
     from_the_command_line: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -241,7 +234,7 @@ def test_interrupt__writes_the_table_and_says_how_to_go_on(
     others = [type("SaveConfigCallback", (Callback,), {})()] if from_the_command_line else []
     monkeypatch.setattr(sys, "argv", ["/bin/lightning-unfreeze", "fit", "-c", "my plan.yaml", "--ckpt_path=old.ckpt"])
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"), pytest.raises(SystemExit):
-        fit(tmp_path, last, Interrupts(), *others)
+        fit(tmp_path, last, Raises(8, KeyboardInterrupt()), *others)
     signal.signal(signal.SIGINT, before)
     (line,) = [record.getMessage() for record in caplog.records if "interrupted in stage" in record.getMessage()]
     file = tmp_path / "last.ckpt"
@@ -255,7 +248,7 @@ def test_interrupt__writes_the_table_and_says_how_to_go_on(
 def test_interrupt__without_a_checkpoint_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = signal.getsignal(signal.SIGINT)
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"), pytest.raises(SystemExit):
-        fit(tmp_path, Interrupts())
+        fit(tmp_path, Raises(8, KeyboardInterrupt()))
     signal.signal(signal.SIGINT, before)
     assert "no checkpoint was written to go on from" in caplog.text
 
@@ -277,12 +270,7 @@ def test_interrupt__without_a_checkpoint_says_so(tmp_path: Path, caplog: pytest.
 def test_table__follows_a_metric_of_any_name(
     names: list[str], monitor: str | None, module_monitor: str | None, expected: str, tmp_path: Path
 ) -> None:
-    class Logs(UserModule):
-        def validation_step(self, batch: Any, batch_idx: int) -> None:
-            for name in names:
-                self.log(name, 0.5 - 0.1 * self.current_epoch)
-
-    module = Logs(SmallNet())
+    module = LogsByEpoch([0.5, 0.4], *names)
     if module_monitor:
         module.monitor, module.mode = module_monitor, "min"
     saves = ModelCheckpoint(tmp_path, monitor=monitor, mode="min", save_on_train_epoch_end=False)
@@ -365,27 +353,17 @@ def test_weight_averaging__averages_over_the_stages_and_leaves_the_training_alon
 def test_weight_averaging__goes_back_with_the_weights_that_were_judged() -> None:
     """The values belong to the averages, so they come back, and the fit leaves the average of the best cycle end."""
 
-    class Scripted(UserModule):
-        def validation_step(self, batch: Any, batch_idx: int) -> None:
-            self.log("val_loss", [0.5, 0.4, 0.6][self.current_epoch])
-
-    class Averages(Callback):
-        def __init__(self) -> None:
-            self.seen: list[dict[str, torch.Tensor]] = []
-
-        def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-            self.seen.append({name: value.detach().clone() for name, value in pl_module.named_parameters()})
-
-    averages = Averages()  # before the averaging callback, which swaps the weights out again in the same hook
+    # before the averaging callback, which swaps the weights out again in the same hook
+    averages = KeepsWeights("on_validation_epoch_end")
     stages = [Stage("full", cycle_len=1, num_cycles=4, until="overfit")]
     callbacks = [averages, GradualUnfreeze(stages), CosineRestarts(), EMAWeightAveraging(decay=0.75)]
-    module = Scripted(SmallNet())
+    module = LogsByEpoch([0.5, 0.4, 0.6])
     trainer = quiet_trainer(callbacks)
     trainer.fit(module, loader(), loader())
     assert trainer.current_epoch == 3
     for name, value in module.named_parameters():
-        assert torch.equal(value, averages.seen[1][name]), name
-        assert not torch.equal(value, averages.seen[2][name]), name
+        assert torch.equal(value, averages.weights[1][name]), name
+        assert not torch.equal(value, averages.weights[2][name]), name
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader
 
 import lightning_unfreeze
 from lightning_unfreeze import DigitsData, GradualUnfreeze, Stage, TransferClassifier, fine_tune, nine_steps
-from tests.conftest import quiet_trainer
 from tests.hugging_face import HuggingFaceModule, Photos, build, photo_loader
+from tests.zoo import quiet_trainer
 
 REPO = Path(__file__).parents[1]
 

@@ -16,7 +16,7 @@ from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage
 from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.stages.plan import Stage
-from tests.conftest import SmallNet, UserModule, loader, quiet_trainer, same_weights, weights_of
+from tests.zoo import Raises, SmallNet, UserModule, loader, quiet_trainer, same_weights, weights_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
@@ -129,16 +129,12 @@ def test_players__work_alone_beside_one_that_overrides_everything() -> None:
 
 
 def test_conductor__leaves_after_an_error_too() -> None:
-    class Breaks(Callback):
-        def on_train_batch_end(self, *_: Any) -> None:
-            raise RuntimeError("on purpose")
-
     player = Silent()
-    trainer = quiet_trainer([player, Breaks()], max_epochs=1)
+    trainer = quiet_trainer([player, Raises(1, RuntimeError("on purpose"))], max_epochs=1)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="on purpose"):
             trainer.fit(UserModule(SmallNet()), loader(), loader())
-        assert [type(callback) for callback in trainer.callbacks[:2]] == [Silent, Breaks]
+        assert [type(callback) for callback in trainer.callbacks[:2]] == [Silent, Raises]
     assert player.told.count("start fit of 0 at epoch 0") == 2
 
 

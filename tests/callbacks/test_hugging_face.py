@@ -11,8 +11,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_unfreeze import CosineRestarts, GradualUnfreeze, LRFinderPerStage, PrecomputeFeatures, Stage
-from tests.conftest import quiet_trainer, same_weights, weights_of
 from tests.hugging_face import FAMILIES, HuggingFaceModule, build, photo_loader
+from tests.zoo import quiet_trainer, same_weights, weights_of
 
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

@@ -6,10 +6,7 @@ import copy
 import csv
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +30,21 @@ from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.data.loaders import EpochSampler, KeyedDataset, ResumableLoader
 from lightning_unfreeze.seeding import rng_state
 from lightning_unfreeze.stages.plan import Stage
-from tests.conftest import SmallNet, UserModule, loader, quiet_trainer, random_images, same_weights, weights_of
+from tests.processes import in_another_process, needs_fork
+from tests.zoo import (
+    Does,
+    SmallNet,
+    Stream,
+    TwoOptimizers,
+    UserModule,
+    UsesLBFGS,
+    loader,
+    quiet_trainer,
+    random_images,
+    same_weights,
+    weights_of,
+)
 
-REPO = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 
 
@@ -588,85 +597,67 @@ def test_finder__refuses_impossible_arguments(options: dict[str, Any], message: 
 
 
 def test_finder__refuses_optimizers_that_it_cannot_drive() -> None:
-    class Two(Learnable):
-        automatic_optimization = False
-
-        def configure_optimizers(self) -> Any:
-            return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.backbone, self.head)]
-
-    class Searches(Learnable):
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.LBFGS(self.parameters())
-
+    module = TwoOptimizers()
+    module.automatic_optimization = False
     with pytest.raises(MisconfigurationException, match="this has 2 and automatic_optimization=False"):
-        quiet_trainer([LRFinderPerStage()], max_epochs=1).fit(Two(), blobs())
+        quiet_trainer([LRFinderPerStage()], max_epochs=1).fit(module, loader())
     with pytest.raises(MisconfigurationException, match="LBFGS"):
-        quiet_trainer([LRFinderPerStage()], max_epochs=1).fit(Searches(), blobs())
+        quiet_trainer([LRFinderPerStage()], max_epochs=1).fit(UsesLBFGS(), loader())
 
 
 def test_finder__refuses_data_without_a_batch() -> None:
-    class Empty(torch.utils.data.IterableDataset[Any]):
-        def __iter__(self) -> Any:
-            return iter(())
-
     with pytest.raises(MisconfigurationException, match="gives no batch"):
-        quiet_trainer([LRFinderPerStage()], max_epochs=1).fit(Scripted([1.0]), DataLoader(Empty()))
+        quiet_trainer([LRFinderPerStage()], max_epochs=1).fit(Scripted([1.0]), DataLoader(Stream([])))
 
 
 # --- several processes
 
-_RANKS = """
-import json, sys, warnings
-import torch
-torch.set_num_threads(1)
-warnings.simplefilter("ignore")
-from tests.callbacks.test_lr_finder import *
 
 class Ranked(Everything):
-    def __init__(self, broken):
+    """Keeps the losses of this rank; those of rank 1 break off at a batch."""
+
+    def __init__(self, broken: int) -> None:
         super().__init__()
         self.broken = broken
 
-    def training_step(self, batch, batch_idx):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
-        local.append(loss.item())
-        return loss * float("nan") if self.global_rank == 1 and len(local) == self.broken else loss
+        losses.append(loss.item())
+        return loss * float("nan") if self.global_rank == 1 and len(losses) == self.broken else loss
 
-class Report(Callback):
-    def __init__(self, folder):
-        self.folder = folder
 
-    def on_train_end(self, trainer, module):
+losses: list[float] = []  # not of the module, which a range test leaves as it was
+
+
+def ranked_fit(folder: Path, find: int, broken: int, accumulate: int) -> None:
+    def report(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         finder = [callback for callback in trainer.callbacks if isinstance(callback, LRFinderPerStage)]
         curve = finder[0].results["full"].losses if finder else None
-        torch.save(weights_of(module), self.folder / f"{trainer.global_rank}.pt")
-        (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps({"curve": curve, "local": local}))
+        torch.save(weights_of(module), folder / f"{trainer.global_rank}.pt")
+        (folder / f"{trainer.global_rank}.json").write_text(json.dumps({"curve": curve, "local": losses}))
 
-for name, (find, broken, accumulate) in json.loads(sys.argv[1]).items():
-    folder, local = Path(sys.argv[2]) / name, []
     folder.mkdir()
     torch.manual_seed(0)
     plan = [Stage("head", train="head", epochs=1), Stage("full", epochs=1, lr="find" if find else None, lr_mult=1 / 3)]
-    callbacks = [GradualUnfreeze(plan), CosineRestarts(), Report(folder)]
-    callbacks += [LRFinderPerStage(num_steps=20, apply=False)] if find else []
-    trainer = quiet_trainer(callbacks, devices=2, strategy="ddp_fork", accumulate_grad_batches=accumulate,
-                            logger=CSVLogger(folder))
+    finders = [LRFinderPerStage(num_steps=20, apply=False)] if find else []
+    trainer = quiet_trainer(
+        [GradualUnfreeze(plan), CosineRestarts(), Does(on_train_end=report), *finders],
+        devices=2,
+        strategy="ddp_fork",
+        accumulate_grad_batches=accumulate,
+        logger=CSVLogger(folder),
+    )
     trainer.fit(Ranked(broken), loader(random_images(32), batch_size=4, shuffle=True))
-"""
 
 
 @pytest.mark.ddp
-@pytest.mark.slow
+@needs_fork
 def test_finder__two_ranks_make_one_curve_and_leave_no_trace(tmp_path: Path) -> None:
-    script = tmp_path / "ranks.py"
-    script.write_text(_RANKS)
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     before = 4  # batches of each rank in the first stage, before the range test
     cases = {"without": (0, 0, 1), "with": (1, 0, 1), "broken": (1, before + 10, 1)}
     cases |= {"without-2": (0, 0, 2), "with-2": (1, 0, 2)}
-    command = [sys.executable, str(script), json.dumps(cases), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    for name, case in cases.items():
+        in_another_process(lambda name=name, case=case: ranked_fit(tmp_path / name, *case))  # type: ignore[misc]
     told = {name: [json.loads((tmp_path / name / f"{rank}.json").read_text()) for rank in range(2)] for name in cases}
 
     for accumulate, suffix in ((1, ""), (2, "-2")):

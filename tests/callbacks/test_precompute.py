@@ -21,7 +21,6 @@ from torch import nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
-    IterableDataset,
     Subset,
     TensorDataset,
     WeightedRandomSampler,
@@ -42,26 +41,26 @@ from lightning_unfreeze.features.store import FeatureStore
 from lightning_unfreeze.layers.groups import layer_groups
 from lightning_unfreeze.recipe.costs import plan_costs
 from lightning_unfreeze.stages.plan import Stage
-from tests.conftest import SmallNet, UserModule, loader, quiet_trainer, random_images, same_weights, weights_of
+from tests.zoo import (
+    Images,
+    Raises,
+    Saves,
+    SmallNet,
+    Stream,
+    TrainData,
+    UserModule,
+    checkpoint_at,
+    loader,
+    quiet_trainer,
+    random_images,
+    same_weights,
+    weights_of,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
     pytest.mark.filterwarnings("ignore:`training_step` returned `None`"),
 ]
-
-
-class Images(torch.utils.data.Dataset):
-    """A dataset with a transform, as torchvision's have."""
-
-    def __init__(self, tensors: TensorDataset, transform: Any = None) -> None:
-        self.images, self.targets, self.transform = *tensors.tensors, transform
-
-    def __getitem__(self, index: int) -> Any:
-        image = self.images[index]
-        return image if self.transform is None else self.transform(image), self.targets[index]
-
-    def __len__(self) -> int:
-        return len(self.images)
 
 
 def ordered(dataset: Any = None, batch_size: int = 8, seed: int = 3) -> ResumableLoader:
@@ -281,10 +280,6 @@ class SeenLoaders(Callback):
 
 @pytest.mark.filterwarnings("ignore:.*without stored features:UserWarning")
 def test_precompute__alone_a_fit_after_an_error_announces_its_stage_again(tmp_path):
-    class Breaks(Callback):
-        def on_train_batch_end(self, *_: Any) -> None:
-            raise RuntimeError("on purpose")
-
     class Counts(StageCallback):
         started = 0
 
@@ -293,7 +288,7 @@ def test_precompute__alone_a_fit_after_an_error_announces_its_stage_again(tmp_pa
 
     leads, counts = PrecomputeFeatures(store_dir=tmp_path), Counts()
     with pytest.raises(RuntimeError, match="on purpose"):
-        quiet_trainer([leads, counts, Breaks()], max_epochs=1).fit(UserModule(), loader())
+        quiet_trainer([leads, counts, Raises(1, RuntimeError("on purpose"))], max_epochs=1).fit(UserModule(), loader())
     quiet_trainer([leads, counts], max_epochs=1).fit(UserModule(), loader())
     assert counts.started == 2
 
@@ -406,11 +401,6 @@ def test_precompute__dict_batches_with_paths_and_extra_tensors_keep_their_form(t
 # --- refusals: training as usual, with the reason --------------------------------------------------------------------
 
 
-class Stream(IterableDataset):
-    def __iter__(self) -> Any:
-        yield from random_images()
-
-
 class Blocks(BatchSampler):
     def __iter__(self) -> Any:
         yield from ([i, i + 1] for i in range(0, 24, 2))
@@ -518,12 +508,12 @@ class FirstOfSeveral(UserModule):
 
 
 REFUSED: dict[str, tuple[Any, Any, str]] = {
-    "iterable": (UserModule, lambda: DataLoader(Stream(), batch_size=8), "iterable dataset"),
+    "iterable": (UserModule, lambda: DataLoader(Stream(random_images()), batch_size=8), "iterable dataset"),
     "several": (FirstOfSeveral, lambda: [loader(), loader()], "not a single DataLoader"),
     "mixup": (UserModule, lambda: loader(collate_fn=mixup), "mixes the samples"),
     "random images": (
         UserModule,
-        lambda: loader(Images(random_images(), v2.RandomCrop(10))),
+        lambda: loader(Images(v2.RandomCrop(10))),
         "validation data has none to take",
     ),
     "augmenting step": (Augments, ordered, "something changes them on their way"),
@@ -553,15 +543,6 @@ class EpochsAtWarnings(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.trainer = trainer
-
-
-class Loaded(pl.LightningDataModule):
-    def __init__(self, train: Any) -> None:
-        super().__init__()
-        self.train = train
-
-    def train_dataloader(self) -> Any:
-        return self.train
 
 
 def later_stages() -> list[Stage]:
@@ -609,7 +590,7 @@ def test_precompute__that_a_stage_will_fall_back_is_said_without_a_fit(look, cas
         player = PrecomputeFeatures(tmp_path, policy="always")
         trainer = quiet_trainer([GradualUnfreeze(later_stages()), player, *callbacks], limit_train_batches=2)
         watch.trainer = trainer
-        plan_costs(trainer, seeded(kind), Loaded(make()))
+        plan_costs(trainer, seeded(kind), TrainData(make()))
     ((_, line),) = watch.said
     assert line.startswith("stage 'second' will read its images as usual, without stored features") and reason in line
     assert list(tmp_path.iterdir()) == []
@@ -626,7 +607,7 @@ def test_precompute__without_a_fit_nothing_is_said_of_stages_that_can_be_stored(
         before = weights_of(module)
         trainer = quiet_trainer([GradualUnfreeze(later_stages()), PrecomputeFeatures(tmp_path), watch])
         watch.trainer = trainer
-        plan_costs(trainer, module, Loaded(ordered()))
+        plan_costs(trainer, module, TrainData(ordered()))
         assert same_weights(before, weights_of(module)) == []
     assert watch.said == [] and list(tmp_path.iterdir()) == []
 
@@ -701,26 +682,14 @@ def test_precompute__a_step_that_augments_now_and_then_is_an_error_not_wrong_num
     assert all("forward" not in vars(part) for part in module.modules())
 
 
-class Flips(torch.utils.data.Dataset):
-    def __init__(self, transform: Any) -> None:
-        self.images, self.transform = random_images(), transform
-
-    def __getitem__(self, index: int) -> Any:
-        image, label = self.images[index]
-        return self.transform(image), label
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-
 @pytest.mark.parametrize("num_views", [1, 2])
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_precompute__what_the_clock_says_changes_no_weight(num_views, shuffle, tmp_path, monkeypatch):
     def run(pays: bool) -> dict[str, torch.Tensor]:
         monkeypatch.setattr(PrecomputeFeatures, "_pays", lambda *_: pays)
-        train = loader(Flips(v2.RandomCrop(10)), shuffle=shuffle)
+        train = loader(Images(v2.RandomCrop(10)), shuffle=shuffle)
         options = {"policy": "auto", "num_views": num_views}
-        val = loader(Flips(v2.CenterCrop(10)))
+        val = loader(Images(v2.CenterCrop(10)))
         module, _ = fit(tmp_path / str(pays), train=train, val=val, stages=head_stage(True, 4), options=options)
         return weights_of(module)
 
@@ -811,7 +780,7 @@ def test_precompute__what_the_features_depend_on_is_in_the_key(tmp_path, monkeyp
         data: Any = Images(TensorDataset(images, labels), transform)
         if change in ("split", "other split"):
             data = Subset(data, list(range(16)) if change == "split" else list(range(8, 24)))
-        fit(tmp_path, module, train=ordered(data), val=loader(Images(random_images(), transform)), stages=plan)
+        fit(tmp_path, module, train=ordered(data), val=loader(Images(transform)), stages=plan)
 
     plan = head_stage(True, epochs=1)
     run()
@@ -942,41 +911,37 @@ def test_precompute__an_exception_leaves_nothing_on_the_network(tmp_path):
 # --- resume ----------------------------------------------------------------------------------------------------------
 
 
-class SaveAt(Callback):
-    def __init__(self, path: Path, epoch: int, batch: int | None) -> None:
-        self.path, self.where = path, (epoch, batch)
-
-    def save(self, trainer: pl.Trainer, batch: int | None) -> None:
-        if (trainer.current_epoch, batch) == self.where:
-            trainer.save_checkpoint(self.path)
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.save(trainer, batch_idx)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.save(trainer, None)
+POINTS = [("batch_end", 0, 1), ("batch_end", 1, 1), ("epoch_end", 1, None), ("batch_end", 2, 0), ("batch_end", 3, 0)]
 
 
-@pytest.mark.parametrize(("epoch", "batch"), [(0, 1), (1, 1), (1, None), (2, 0), (3, 0)])
-def test_precompute__a_resumed_run_ends_as_the_uninterrupted_one(epoch, batch, tmp_path):
-    def plan() -> list[Stage]:
-        return [
-            Stage("head", train="head", epochs=2, precompute=True),
-            Stage("top", train=2, epochs=2, precompute=True),
-            Stage("all", epochs=1),
-        ]
+def resumable_fit(folder: Path, *callbacks: Callback, **options: Any) -> dict[str, torch.Tensor]:
+    plan = [
+        Stage("head", train="head", epochs=2, precompute=True),
+        Stage("top", train=2, epochs=2, precompute=True),
+        Stage("all", epochs=1),
+    ]
+    train = ordered(Images(v2.RandomHorizontalFlip()))
+    val = loader(Images(v2.Identity()))
+    module, _ = fit(
+        folder / "store", None, train, val, plan, list(callbacks), {"num_views": 2}, options.get("ckpt_path")
+    )
+    return weights_of(module)
 
-    def data() -> ResumableLoader:
-        return ordered(Images(random_images(), v2.RandomHorizontalFlip()))
 
-    val, views = loader(Images(random_images(), v2.Identity())), {"num_views": 2}
-    path = tmp_path / "run.ckpt"
-    whole, _ = fit(tmp_path / "a", train=data(), val=val, stages=plan(), options=views)
-    fit(tmp_path / "a", train=data(), val=val, stages=plan(), options=views, callbacks=[SaveAt(path, epoch, batch)])
-    torch.manual_seed(99)
-    module = UserModule()
-    fit(tmp_path / "a", module, data(), val, plan(), options=views, ckpt_path=path)
-    assert same_weights(weights_of(whole), weights_of(module)) == []
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The folder of a run with its stores and its checkpoints, and the weights at its end."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    weights = resumable_fit(folder)
+    assert same_weights(weights, resumable_fit(folder, Saves(folder, *POINTS))) == []
+    return folder, weights
+
+
+@pytest.mark.parametrize("point", POINTS, ids=str)
+def test_precompute__a_resumed_run_ends_as_the_uninterrupted_one(point, uninterrupted):
+    folder, weights = uninterrupted
+    resumed = resumable_fit(folder, ckpt_path=checkpoint_at(folder, *point))
+    assert same_weights(weights, resumed) == []
 
 
 # --- views -----------------------------------------------------------------------------------------------------------
@@ -996,8 +961,8 @@ class SeenFeatures(Callback):
 def test_precompute__epoch_e_reads_view_e_modulo_the_number_of_views(tmp_path):
     def run(folder: str, seed: int = 0) -> SeenFeatures:
         seen = SeenFeatures()
-        train = loader(Images(random_images(), v2.RandomCrop(10)))  # in order, so that rows can be compared
-        val = loader(Images(random_images(), v2.CenterCrop(10)))
+        train = loader(Images(v2.RandomCrop(10)))  # in order, so that rows can be compared
+        val = loader(Images(v2.CenterCrop(10)))
         options = {"num_views": 4, "seed": seed}
         fit(tmp_path / folder, train=train, val=val, stages=head_stage(True, 6), callbacks=[seen], options=options)
         return seen
@@ -1016,8 +981,8 @@ def test_precompute__epoch_e_reads_view_e_modulo_the_number_of_views(tmp_path):
 
 
 def test_precompute__views_that_no_epoch_reads_are_not_computed(tmp_path):
-    data = Images(random_images(), v2.RandomCrop(10))
-    val = loader(Images(random_images(), v2.CenterCrop(10)))
+    data = Images(v2.RandomCrop(10))
+    val = loader(Images(v2.CenterCrop(10)))
     fit(tmp_path, train=loader(data), val=val, stages=head_stage(True, 2), options={"num_views": 9})
     assert '"num_views": 2' in stores(tmp_path)[0].read_text()
 
@@ -1069,12 +1034,12 @@ def test_precompute__stores_only_if_that_is_quicker(epochs, limit, num_views, pa
 
 def test_precompute__measures_what_the_pass_takes(tmp_path):
     """A store that saves the reading of twenty epochs pays on any machine."""
-    fit(tmp_path, train=ordered(Slow(random_images())), stages=head_stage(True, 20), options={"policy": "auto"})
+    fit(tmp_path, train=ordered(Slow()), stages=head_stage(True, 20), options={"policy": "auto"})
     assert len(stores(tmp_path)) == 1
 
 
 def test_precompute__an_existing_store_always_pays(tmp_path):
-    data, plan, seen = Slow(random_images()), head_stage(True, 1), SeenLoaders()
+    data, plan, seen = Slow(), head_stage(True, 1), SeenLoaders()
     fit(tmp_path, train=ordered(data), stages=plan)
     fit(tmp_path, train=ordered(data), stages=plan, options={"policy": "auto"}, callbacks=[seen])
     assert seen.datasets == ["FeatureDataset"]
@@ -1160,7 +1125,7 @@ def test_precompute__impossible_places_are_refused(options):
 
 
 def two_runs_child(folder: str, result: str) -> None:
-    data = Slow(random_images())
+    data = Slow()
     module, _ = fit(Path(folder), train=ordered(data))
     torch.save(weights_of(module), result)
 
@@ -1197,8 +1162,8 @@ def test_precompute__two_ranks_equal_one_process_on_the_same_global_batches(tmp_
             Stage("head", train="head", epochs=2, precompute=True),
             Stage("top", train=2, epochs=2, precompute=True),
         ]
-        train = ordered(Images(random_images(), v2.RandomHorizontalFlip()), batch_size)
-        val = loader(Images(random_images(), v2.Identity()))
+        train = ordered(Images(v2.RandomHorizontalFlip()), batch_size)
+        val = loader(Images(v2.Identity()))
         fit(tmp_path / folder, module, train, val, plan, options={"num_views": 2}, **options)
         return module
 
@@ -1233,6 +1198,6 @@ def test_precompute__a_rank_that_fails_leaves_no_half_store_and_no_hang(tmp_path
         suppress(Exception),  # the image is as broken in training
     ):
         warnings.simplefilter("ignore")
-        train = ordered(FailsOnRank1(random_images()), 4)
+        train = ordered(FailsOnRank1(), 4)
         fit(tmp_path, train=train, strategy="ddp_fork", devices=2, limit_train_batches=1)
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []

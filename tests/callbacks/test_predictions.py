@@ -10,12 +10,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from lightning_unfreeze import TTAEval
 from lightning_unfreeze.callbacks.predictions import PredictionsCSV
 from lightning_unfreeze.data.sample_names import are_names, sample_names
-from tests.conftest import quiet_trainer
+from tests.zoo import Stream, quiet_trainer
 
 ODD = ["a, b.jpg", 'quo"te.jpg', "new\nline.jpg", "ünï/日本.png", "no_ending", "e.jpg"]
 
@@ -107,11 +107,7 @@ def test_predictions__follow_a_shuffled_loader(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Couldn't infer the batch indices")
 def test_predictions__of_an_iterable_are_numbered(tmp_path: Path) -> None:
-    class Stream(IterableDataset[Any]):
-        def __iter__(self) -> Any:
-            return iter([Numbered("image")[i] for i in range(5)])
-
-    rows = rows_of(DataLoader(Stream(), batch_size=2), tmp_path)
+    rows = rows_of(DataLoader(Stream([Numbered("image")[i] for i in range(5)]), batch_size=2), tmp_path)
     assert [(row["file"], row["class"]) for row in rows] == [(str(i), str(i % 3)) for i in range(5)]
 
 

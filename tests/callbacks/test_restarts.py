@@ -5,9 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
-import subprocess
-import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -26,15 +23,15 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.data.loaders import EpochSampler, ResumableLoader
 from lightning_unfreeze.stages.plan import Stage
-from tests.conftest import quiet_trainer, same_weights, weights_of
+from tests.processes import in_another_process, needs_fork
+from tests.zoo import Does, Saves, Stream, checkpoint_at, quiet_trainer, same_weights, weights_of
 
-REPO = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 
 
@@ -201,13 +198,12 @@ def test_restarts__shapes_follow_their_formulas_in_every_cycle(options: dict[str
 
 
 def test_restarts__a_group_added_late_is_scheduled_from_its_own_rate() -> None:
-    class Grows(Callback):
-        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            if trainer.current_epoch == 1:
-                trainer.optimizers[0].add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": 0.5})
+    def grow(trainer: pl.Trainer, _: pl.LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            trainer.optimizers[0].add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": 0.5})
 
     module = Line()
-    quiet_trainer([CosineRestarts(), Grows()], max_epochs=2).fit(module, points(4))
+    quiet_trainer([CosineRestarts(), Does(on_train_epoch_start=grow)], max_epochs=2).fit(module, points(4))
     expected = by_hand([Fraction(8)], 8)
     assert [len(rates) for rates in module.rates] == [2] * 4 + [3] * 4
     assert [rates[2] for rates in module.rates[4:]] == pytest.approx([0.5 * factor for factor in expected[4:]])
@@ -252,28 +248,22 @@ def test_restarts__a_logger_that_is_never_due_is_no_error(tmp_path: Path) -> Non
 # --- snapshots
 
 
-class EveryStep(Callback):
-    """Weights after every optimizer step."""
-
-    def __init__(self) -> None:
-        self.weights: list[dict[str, Tensor]] = []
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if trainer.global_step > len(self.weights):
-            self.weights.append(weights_of(pl_module))
-
-
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_snapshots__are_the_weights_after_the_last_step_of_each_cycle_and_test_averages_them(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    module, every = Line(), EveryStep()
+    module = Line()
+    weights: list[dict[str, Tensor]] = []
+
+    def keep(trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        if trainer.global_step > len(weights):
+            weights.append(weights_of(module))
+
     plan = [
         Stage("a", lr=0.5, cycle_len=0.5, num_cycles=2),
         Stage("b", lr=0.5, cycle_len=2 / 3, cycle_mult=2, num_cycles=2),
     ]
     restarts = CosineRestarts(snapshots=True, ensemble=True)
     trainer = quiet_trainer(
-        [every, GradualUnfreeze(plan), restarts],
+        [Does(on_train_batch_end=keep), GradualUnfreeze(plan), restarts],
         enable_checkpointing=True,
         default_root_dir=tmp_path,
         accumulate_grad_batches=2,
@@ -284,7 +274,7 @@ def test_snapshots__are_the_weights_after_the_last_step_of_each_cycle_and_test_a
     # cycles of 5 and 5 steps; of 6.67 and 13.33 steps, so the first ends with its 7th
     for path, step in zip(restarts.snapshots, (5, 10, 17, 30), strict=True):
         saved = torch.load(path, weights_only=True)["state_dict"]
-        assert same_weights(saved, every.weights[step - 1]) == []
+        assert same_weights(saved, weights[step - 1]) == []
 
     test_data = points(3, seed=7)
     (result,) = trainer.test(module, test_data, verbose=False)
@@ -440,24 +430,11 @@ def test_until__on_data_that_overfits_and_on_data_that_does_not(overfits: bool) 
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
-@pytest.mark.parametrize("at", [("val_end", 2), ("epoch_end", 1), ("epoch_end", 2), ("batch_end", 4)])
-def test_until__a_run_resumed_inside_such_a_stage_is_bitwise_the_same(tmp_path: Path, at: tuple[str, int]) -> None:
+@pytest.mark.parametrize(
+    "at", [("validation_end", 2, None), ("epoch_end", 1, None), ("epoch_end", 2, None), ("batch_end", 4, 1)]
+)
+def test_until__a_run_resumed_inside_such_a_stage_is_bitwise_the_same(tmp_path: Path, at: tuple[str, int, Any]) -> None:
     values = [3.0, 9.0, 2.0, 9.0, 9.0, 9.0, 2.5]  # cycles 1, 2, 4: ends after the third, the second's weights stay
-
-    class Saves(Callback):
-        def save(self, trainer: pl.Trainer, hook: str) -> None:
-            if (hook, trainer.current_epoch) == at:
-                trainer.save_checkpoint(tmp_path / "at.ckpt")
-
-        def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            self.save(trainer, "val_end")
-
-        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, out: Any, batch: Any, batch_idx: int) -> None:
-            if batch_idx == 1:
-                self.save(trainer, "batch_end")
-
-        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            self.save(trainer, "epoch_end")
 
     def run(ckpt_path: Path | None) -> tuple[Any, Any]:
         torch.manual_seed(0 if ckpt_path is None else 9)
@@ -466,14 +443,14 @@ def test_until__a_run_resumed_inside_such_a_stage_is_bitwise_the_same(tmp_path: 
             Stage("full", lr=0.1, cycle_len=1, cycle_mult=2, num_cycles=5, until="overfit"),
             Stage("after", lr=0.01, epochs=1),
         ]
-        callbacks = [GradualUnfreeze(plan), restarts, *([Saves()] if ckpt_path is None else [])]
+        callbacks = [GradualUnfreeze(plan), restarts, *([Saves(tmp_path, at)] if ckpt_path is None else [])]
         data = points(3).dataset
         train = ResumableLoader(data, batch_size=2, sampler=EpochSampler(data))
         quiet_trainer(callbacks).fit(module, train, points(1), ckpt_path=ckpt_path)
         return weights_of(module), restarts.cycle_values
 
     whole, told = run(None)
-    resumed, told_again = run(tmp_path / "at.ckpt")
+    resumed, told_again = run(checkpoint_at(tmp_path, *at))
     assert told == told_again == {"full": [3.0, 2.0, 2.5]}
     assert same_weights(whole, resumed) == []
 
@@ -646,12 +623,13 @@ def test_until__parts_that_the_state_dict_leaves_out_go_back_too() -> None:
     module = Partial([0.5, 0.9])
     seen: list[dict[str, Tensor]] = []
 
-    class Looks(Callback):
-        def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            seen.append({name: value.detach().clone() for name, value in pl_module.named_parameters()})
+    def look(_: pl.Trainer, module: pl.LightningModule) -> None:
+        seen.append({name: value.detach().clone() for name, value in module.named_parameters()})
 
     plan = [Stage("full", lr=0.1, cycle_len=1, num_cycles=3, until="overfit")]
-    quiet_trainer([GradualUnfreeze(plan), CosineRestarts(), Looks()]).fit(module, points(3), points(1))
+    quiet_trainer([GradualUnfreeze(plan), CosineRestarts(), Does(on_validation_end=look)]).fit(
+        module, points(3), points(1)
+    )
     assert not torch.equal(seen[0]["backbone.weight"], seen[1]["backbone.weight"])
     for name, value in module.named_parameters():
         assert torch.equal(value, seen[0][name]), name
@@ -827,11 +805,7 @@ def test_restarts__refuses_what_clashes_with_it(
 
 
 def test_restarts__refuses_cycles_over_data_without_a_length() -> None:
-    class Endless(IterableDataset[Any]):
-        def __iter__(self) -> Any:
-            return iter([(torch.zeros(4), torch.tensor(0))] * 4)
-
-    data = DataLoader(Endless(), batch_size=2)
+    data = DataLoader(Stream([(torch.zeros(4), torch.tensor(0))] * 4), batch_size=2)
     with pytest.raises(MisconfigurationException, match="limit_train_batches"):
         quiet_trainer([CosineRestarts(cycle_len=1)], max_epochs=2).fit(Line(), data)
     with pytest.raises(ValueError, match="end before 2"):
@@ -860,46 +834,31 @@ def test_until__needs_its_value_at_every_cycle_end(monitor: str, options: dict[s
 
 # --- several processes
 
-_RANKS = """
-import json, sys, warnings
-import torch
-torch.set_num_threads(1)
-warnings.simplefilter("ignore")
-from tests.callbacks.test_restarts import *
-
-folder = Path(sys.argv[1])
-
-class Differ(Line):
-    def validation_step(self, batch, batch_idx):
-        # rank 0 alone would stop after the second cycle, rank 1 never; their mean after the third
-        mine = [3.0, 3.5, 4.0, 5.0] if self.global_rank == 0 else [3.0, 2.0, 1.9, 1.8]
-        self.log("val_loss", mine[self.current_epoch], sync_dist=False)
-
-class Report(Callback):
-    def on_train_end(self, trainer, module):
-        torch.save(weights_of(module), folder / f"{trainer.global_rank}.pt")
-        told = {"epochs": trainer.current_epoch, "values": restarts.cycle_values}
-        told["shots"] = [str(path) for path in restarts.snapshots]
-        (folder / f"{trainer.global_rank}.json").write_text(json.dumps(told))
-
-torch.manual_seed(0)
-plan = [Stage("full", lr=0.1, cycle_len=1, num_cycles=4, until="overfit")]
-restarts = CosineRestarts(snapshots=True)
-callbacks = [GradualUnfreeze(plan), restarts, Report()]
-trainer = quiet_trainer(callbacks, devices=2, strategy="ddp_fork", logger=CSVLogger(folder))
-trainer.fit(Differ(), points(6), points(2))
-"""
-
 
 @pytest.mark.ddp
-@pytest.mark.slow
+@needs_fork
 def test_until__ranks_decide_as_one_though_they_log_different_values(tmp_path: Path) -> None:
-    script = tmp_path / "ranks.py"
-    script.write_text(_RANKS)
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(script), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    class Differ(Line):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            # rank 0 alone would stop after the second cycle, rank 1 never; their mean after the third
+            mine = [3.0, 3.5, 4.0, 5.0] if self.global_rank == 0 else [3.0, 2.0, 1.9, 1.8]
+            self.log("val_loss", mine[self.current_epoch], sync_dist=False)
+
+    def report(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        torch.save(weights_of(module), tmp_path / f"{trainer.global_rank}.pt")
+        (restarts,) = [callback for callback in trainer.callbacks if isinstance(callback, CosineRestarts)]
+        said = {"epochs": trainer.current_epoch, "values": restarts.cycle_values}
+        said["shots"] = [str(path) for path in restarts.snapshots]
+        (tmp_path / f"{trainer.global_rank}.json").write_text(json.dumps(said))
+
+    def run() -> None:
+        torch.manual_seed(0)
+        plan = [Stage("full", lr=0.1, cycle_len=1, num_cycles=4, until="overfit")]
+        callbacks = [GradualUnfreeze(plan), CosineRestarts(snapshots=True), Does(on_train_end=report)]
+        trainer = quiet_trainer(callbacks, devices=2, strategy="ddp_fork", logger=CSVLogger(tmp_path))
+        trainer.fit(Differ(), points(6), points(2))
+
+    in_another_process(run)
     told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert told[0] == told[1]
     assert told[0]["values"] == {"full": pytest.approx([3.0, 2.75, 2.95])}

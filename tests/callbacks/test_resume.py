@@ -17,7 +17,17 @@ from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.data.loaders import EpochSampler, KeyedDataset, ResumableLoader
 from lightning_unfreeze.stages.plan import Stage
-from tests.conftest import SmallNet, UserModule, loader, quiet_trainer, random_images, same_weights, weights_of
+from tests.zoo import (
+    Saves,
+    SmallNet,
+    UserModule,
+    checkpoint_at,
+    loader,
+    quiet_trainer,
+    random_images,
+    same_weights,
+    weights_of,
+)
 
 pytestmark = [
     # Lightning, about a plain loader and about modules that it finds frozen
@@ -33,27 +43,6 @@ def plan() -> list[Stage]:
         Stage("top", train=2, epochs=1),
         Stage("full", epochs=2, lr=1e-3, lr_mult=1 / 3),
     ]
-
-
-class SaveAt(Callback):
-    """Saves at every point that was asked for: (hook, epoch, batch)."""
-
-    def __init__(self, folder: Path, points: list[tuple[str, int, int]]) -> None:
-        self.folder, self.points = folder, points
-
-    def save(self, trainer: pl.Trainer, hook: str, batch: int = -1) -> None:
-        point = (hook, trainer.current_epoch, batch)
-        if point in self.points:
-            trainer.save_checkpoint(self.folder / f"{'-'.join(map(str, point))}.ckpt")
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.save(trainer, "epoch_end")
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.save(trainer, "validation_end")
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.save(trainer, "batch_end", batch_idx)
 
 
 class States(Callback):
@@ -85,7 +74,7 @@ def run(kind: str, *callbacks: Callback, ckpt: Path | None = None, stages: Any =
     return {**weights_of(module), **states.state}, states.rates, trainer
 
 
-EPOCH_POINTS = [("epoch_end", epoch, -1) for epoch in range(4)] + [("validation_end", epoch, -1) for epoch in range(4)]
+EPOCH_POINTS = [(hook, epoch, None) for hook in ("epoch_end", "validation_end") for epoch in range(4)]
 # in the middle and after the last batch, in every stage, also in its first epoch and its last one
 BATCH_POINTS = [("batch_end", epoch, batch) for epoch in range(5) for batch in range(3) if (epoch, batch) != (4, 2)]
 
@@ -95,7 +84,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     runs: dict[str, Any] = {"folder": tmp_path_factory.mktemp("checkpoints")}
     for kind in ("plain", "resumable"):
         (runs["folder"] / kind).mkdir()
-        runs[kind] = run(kind, SaveAt(runs["folder"] / kind, EPOCH_POINTS + BATCH_POINTS))
+        runs[kind] = run(kind, Saves(runs["folder"] / kind, *EPOCH_POINTS, *BATCH_POINTS))
         unsaved = run(kind)
         assert same_weights(runs[kind][0], unsaved[0]) == [], "saving changes the run"
     return runs
@@ -106,16 +95,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     [("plain", point) for point in EPOCH_POINTS] + [("resumable", point) for point in EPOCH_POINTS + BATCH_POINTS],
     ids=str,
 )
-def test_resume__goes_on_as_if_never_stopped(whole: dict[str, Any], kind: str, point: tuple[str, int, int]) -> None:
-    checkpoint = whole["folder"] / kind / f"{'-'.join(map(str, point))}.ckpt"
-    weights, rates, trainer = run(kind, ckpt=checkpoint)
+def test_resume__goes_on_as_if_never_stopped(whole: dict[str, Any], kind: str, point: tuple[str, int, Any]) -> None:
+    weights, rates, trainer = run(kind, ckpt=checkpoint_at(whole["folder"] / kind, *point))
     assert same_weights(whole[kind][0], weights) == []
     assert rates == whole[kind][1]
     assert (trainer.current_epoch, trainer.global_step) == (5, 15)
 
 
 def test_resume__the_check_can_fail(whole: dict[str, Any]) -> None:
-    checkpoint = whole["folder"] / "plain" / "batch_end-1-1.ckpt"  # Lightning draws the order anew
+    checkpoint = checkpoint_at(whole["folder"] / "plain", "batch_end", 1, 1)  # Lightning draws the order anew
     assert same_weights(whole["plain"][0], run("plain", ckpt=checkpoint)[0]) != []
 
 
@@ -175,13 +163,14 @@ def test_resume__refuses_another_plan_and_shows_the_difference(
     whole: dict[str, Any], stages: list[Stage], parts: list[str]
 ) -> None:
     with pytest.raises(MisconfigurationException) as error:
-        run("plain", ckpt=whole["folder"] / "plain" / "epoch_end-0--1.ckpt", stages=stages)
+        run("plain", ckpt=checkpoint_at(whole["folder"] / "plain", "epoch_end", 0), stages=stages)
     for part in [*parts, "on_plan_change='restage'"]:
         assert part in str(error.value)
 
 
-def restaged(whole: dict[str, Any], stages: list[Stage], point: str = "epoch_end-0--1") -> Any:
-    return run("plain", ckpt=whole["folder"] / "plain" / f"{point}.ckpt", stages=stages, on_plan_change="restage")
+def restaged(whole: dict[str, Any], stages: list[Stage]) -> Any:
+    ckpt = checkpoint_at(whole["folder"] / "plain", "epoch_end", 0)
+    return run("plain", ckpt=ckpt, stages=stages, on_plan_change="restage")
 
 
 def test_resume__restage_takes_the_new_rates_lengths_and_groups(whole: dict[str, Any]) -> None:
@@ -218,7 +207,7 @@ def test_resume__restage_forgets_what_was_found_in_the_stage_before_it_changed(t
         restarts = CosineRestarts()
         trainer = quiet_trainer(
             [
-                SaveAt(tmp_path, [("epoch_end", 0, -1)]),
+                Saves(tmp_path, ("epoch_end", 0, None)),
                 GradualUnfreeze(stages, on_plan_change="restage"),
                 finder,
                 restarts,
@@ -228,7 +217,7 @@ def test_resume__restage_forgets_what_was_found_in_the_stage_before_it_changed(t
         return finder, restarts
 
     fitted(1.0)
-    saved = torch.load(tmp_path / "epoch_end-0--1.ckpt", weights_only=True)
+    saved = torch.load(checkpoint_at(tmp_path, "epoch_end", 0), weights_only=True)
     (state,) = [state for name, state in saved["callbacks"].items() if name.startswith("CosineRestarts")]
     state["cycle_values"]["full"] = [-1e9]  # a cycle end that nothing beats
     torch.save(saved, tmp_path / "changed.ckpt")
@@ -270,7 +259,7 @@ def test_resume__refuses_another_module(whole: dict[str, Any]) -> None:
     module = Extra()
     module.strict_loading = False
     with pytest.raises(MisconfigurationException, match=r"layer groups differ .*\['head'\]"):
-        trainer.fit(module, loader(), loader(), ckpt_path=whole["folder"] / "plain" / "epoch_end-0--1.ckpt")
+        trainer.fit(module, loader(), loader(), ckpt_path=checkpoint_at(whole["folder"] / "plain", "epoch_end", 0))
 
 
 def test_resume__checkpoint_loads_without_this_package(whole: dict[str, Any]) -> None:
@@ -285,7 +274,7 @@ def test_resume__checkpoint_loads_without_this_package(whole: dict[str, Any]) ->
 def test_resume__evaluation_from_a_checkpoint_leaves_the_module_alone(whole: dict[str, Any]) -> None:
     module = UserModule(SmallNet())
     trainer = quiet_trainer([GradualUnfreeze(plan())])
-    path = whole["folder"] / "plain" / "epoch_end-0--1.ckpt"
+    path = checkpoint_at(whole["folder"] / "plain", "epoch_end", 0)
     trainer.validate(module, loader(), ckpt_path=path, verbose=False)
     assert all(parameter.requires_grad for parameter in module.parameters())
     assert all(part.training for part in module.modules())

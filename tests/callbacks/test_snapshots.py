@@ -18,21 +18,23 @@ from lightning_unfreeze.callbacks.tta import TTAEval
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.stages.plan import Stage
 from lightning_unfreeze.stages.soups import greedy_soup, mix
-from tests.conftest import SmallNet, UserModule, loader, quiet_trainer, random_images, same_weights, weights_of
+from tests.zoo import (
+    Does,
+    KeepsWeights,
+    SmallNet,
+    UserModule,
+    loader,
+    quiet_trainer,
+    random_images,
+    same_weights,
+    weights_of,
+)
 
 PLAN = [
     Stage("head", train="head", lr=0.05, epochs=1),
     Stage("full", lr=0.05, cycle_len=1, num_cycles=3),
 ]
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory")
-
-
-class EveryEpoch(Callback):
-    def __init__(self) -> None:
-        self.ends: list[dict[str, Tensor]] = []
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.ends.append(weights_of(pl_module))
 
 
 def loss_of(weights: dict[str, Tensor]) -> float:
@@ -54,13 +56,13 @@ def average(points: list[dict[str, Tensor]], shares: list[float]) -> dict[str, T
 def test_best_weights__rows_are_those_of_weights_averaged_by_hand(tmp_path: Path) -> None:
     torch.manual_seed(0)
     (tmp_path / "best.ckpt").write_text("of the user's")
-    module, every, best = UserModule(SmallNet()), EveryEpoch(), BestWeights()
+    module, every, best = UserModule(SmallNet()), KeepsWeights("on_validation_end"), BestWeights()
     saver = ModelCheckpoint(tmp_path, filename="epoch")
     callbacks = [GradualUnfreeze(PLAN), CosineRestarts(), every, best, saver]
     trainer = quiet_trainer(callbacks, enable_checkpointing=True)
     trainer.fit(module, loader(shuffle=True), loader(random_images(seed=5), batch_size=24))
 
-    start, *ends = every.ends
+    start, *ends = every.weights
     expected = {
         "as the fit left them": ends[2],
         "start": start,
@@ -86,11 +88,10 @@ def test_best_weights__rows_are_those_of_weights_averaged_by_hand(tmp_path: Path
 
 
 def test_best_weights__a_resumed_run_has_the_same_table(tmp_path: Path) -> None:
-    class Saves(Callback):
-        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            if trainer.current_epoch == 2:
-                trainer.save_checkpoint(tmp_path / "at.ckpt")
-                raise KeyboardInterrupt
+    def save(trainer: pl.Trainer, _: pl.LightningModule) -> None:
+        if trainer.current_epoch == 2:
+            trainer.save_checkpoint(tmp_path / "at.ckpt")
+            raise KeyboardInterrupt
 
     def run(ckpt_path: Path | None, *more: Callback, folder: str) -> BestWeights:
         torch.manual_seed(0)
@@ -103,7 +104,7 @@ def test_best_weights__a_resumed_run_has_the_same_table(tmp_path: Path) -> None:
 
     whole = run(None, folder="whole")
     with pytest.raises(SystemExit):
-        run(None, Saves(), folder="cut")
+        run(None, Does(on_train_epoch_end=save), folder="cut")
     assert run(tmp_path / "at.ckpt", folder="cut").scores == whole.scores
 
 
@@ -151,12 +152,17 @@ def test_best_weights__restored_are_what_module_metrics_and_views_speak_of(tmp_p
 def test_best_weights__a_stage_that_gave_back_its_start_is_walked_to_its_last_cycle_end(tmp_path: Path) -> None:
     torch.manual_seed(0)
     plan = [PLAN[0], Stage("full", lr=30.0, cycle_len=1, num_cycles=2, until="overfit")]
-    module, best, every, views = UserModule(SmallNet()), BestWeights(restore=True), EveryEpoch(), TTAEval()
+    module, best, every, views = (
+        UserModule(SmallNet()),
+        BestWeights(restore=True),
+        KeepsWeights("on_validation_end"),
+        TTAEval(),
+    )
     callbacks = [GradualUnfreeze(plan), CosineRestarts(), every, best, views, ModelCheckpoint(tmp_path)]
     data = loader(shuffle=True), loader(random_images(seed=5), batch_size=24)
     quiet_trainer(callbacks, enable_checkpointing=True).fit(module, *data)
 
-    start, *ends = every.ends
+    start, *ends = every.weights
     assert best.scores["as the fit left them"] == best.scores["start"] < min(map(loss_of, ends))
     for share in (0.25, 0.5, 0.75):
         by_hand = loss_of(average([start, ends[-1]], [1 - share, share]))

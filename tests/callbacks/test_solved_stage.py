@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +15,15 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_unfreeze.callbacks.precompute import PrecomputeFeatures
 from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.stages.plan import Stage
-from tests.conftest import UserModule, loader, quiet_trainer, same_weights, weights_of
+from tests.processes import in_another_process, needs_fork
+from tests.zoo import Does, Images, Stream, UserModule, loader, quiet_trainer, same_weights, weights_of
 
-REPO = Path(__file__).parents[2]
 SOLVED = Stage("head", train="head", precompute=True, solve=True)
 
 
@@ -120,11 +116,6 @@ class SquaredError(Weighted):
         return nn.functional.mse_loss(self.net(batch[0]), F.one_hot(batch[1], 3).float())
 
 
-class Stream(IterableDataset[Any]):
-    def __iter__(self) -> Iterator[Any]:
-        return iter(photos())
-
-
 def test_auto__solves_what_can_be_solved(tmp_path: Path) -> None:
     heads = []
     for stage in (AUTO, SOLVED):
@@ -156,7 +147,7 @@ def test_auto__trains_what_cannot_be_solved_and_says_why(
         callbacks = [GradualUnfreeze([stage]), PrecomputeFeatures(tmp_path / "store", policy="always")]
         trainer = quiet_trainer(callbacks, limit_train_batches=6)
         with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
-            train = DataLoader(Stream(), 8) if streamed else loader(photos(), shuffle=True)
+            train = DataLoader(Stream(photos()), 8) if streamed else loader(photos(), shuffle=True)
             trainer.fit(module, train, loader(photos(60, seed=1)))
         assert trainer.current_epoch == 2
         weights.append(weights_of(module))
@@ -217,21 +208,13 @@ def test_solved_stage__labels_one_by_one(tmp_path: Path) -> None:
 
 
 def test_solved_stage__several_views_are_more_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    class Shifted(TensorDataset):
-        transform: Any = None
-
-        def __getitem__(self, index: Any) -> Any:
-            image, target = super().__getitem__(index)
-            return self.transform(image), target
-
     def noisy(image: Tensor) -> Tensor:
         return image + torch.randn(1)
 
     def plain(image: Tensor) -> Tensor:
         return image * 1.0
 
-    train, val = (Shifted(*photos(60, seed=seed).tensors) for seed in (0, 1))
-    train.transform, val.transform = noisy, plain
+    train, val = Images(noisy, photos(60)), Images(plain, photos(60, seed=1))
     torch.manual_seed(0)
     store = PrecomputeFeatures(tmp_path, num_views=3)
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
@@ -253,21 +236,18 @@ def test_solved_stage__without_validation_a_part_is_held_out(tmp_path: Path, cap
 def test_solved_stage__goes_on_in_a_plan_and_after_a_stop(tmp_path: Path) -> None:
     plan = [SOLVED, Stage("full", epochs=2, cycle_len=2, lr=0.01, lr_span=1 / 9)]
 
-    class Rates(Callback):
-        def __init__(self) -> None:
-            self.seen: list[float] = []
-
-        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-            self.seen.append(max(group["lr"] for group in trainer.optimizers[0].param_groups))
-
     def run(ckpt_path: Any = None) -> tuple[dict[str, Tensor], list[float], list[Any]]:
         torch.manual_seed(0)
-        module, rates = UserModule(), Rates()
+        module, rates = UserModule(), []
+
+        def look(trainer: pl.Trainer, *_: Any) -> None:
+            rates.append(max(group["lr"] for group in trainer.optimizers[0].param_groups))
+
         saving = ModelCheckpoint(tmp_path / "checkpoints", filename="{epoch}", save_top_k=-1)
-        others = [CosineRestarts(), rates, saving]
+        others = [CosineRestarts(), Does(on_train_batch_end=look), saving]
         trainer = fit(tmp_path, module, plan, *others, ckpt_path=ckpt_path, trainer={"enable_checkpointing": True})
         conductor: Any = trainer.callbacks[0]  # type: ignore[attr-defined]
-        return weights_of(module), rates.seen, conductor.journal.state_dict()["rows"]
+        return weights_of(module), rates, conductor.journal.state_dict()["rows"]
 
     whole, rates, rows = run()
     assert rates[:6] == [0.0] * 6 and rates[6] == pytest.approx(0.01, rel=0.05)
@@ -301,31 +281,18 @@ def test_solved_stage__refuses_what_it_cannot_solve(tmp_path: Path) -> None:
         quiet_trainer([GradualUnfreeze([SOLVED])]).fit(UserModule(), loader(), loader())
 
 
-_RANKS = """
-import sys, warnings
-import torch
-torch.set_num_threads(1)
-warnings.simplefilter("ignore")
-from tests.callbacks.test_solved_stage import *
-
-class Report(Callback):
-    def on_train_end(self, trainer, module):
-        torch.save(weights_of(module), Path(sys.argv[1]) / f"{trainer.global_rank}.pt")
-
-torch.manual_seed(0)
-fit(Path(sys.argv[1]), Weighted(), [SOLVED], Report(), trainer={"devices": 2, "strategy": "ddp_fork"})
-"""
-
-
 @pytest.mark.ddp
-@pytest.mark.slow
+@needs_fork
 def test_solved_stage__two_ranks_solve_the_head_of_one(tmp_path: Path) -> None:
-    script = tmp_path / "ranks.py"
-    script.write_text(_RANKS)
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(script), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    def report(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        torch.save(weights_of(module), tmp_path / f"{trainer.global_rank}.pt")
+
+    def run() -> None:
+        torch.manual_seed(0)
+        ranks = {"devices": 2, "strategy": "ddp_fork"}
+        fit(tmp_path, Weighted(), [SOLVED], Does(on_train_end=report), trainer=ranks)
+
+    in_another_process(run)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert same_weights(first, second) == []
     torch.manual_seed(0)

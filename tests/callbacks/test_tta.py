@@ -26,6 +26,7 @@ from lightning_unfreeze.callbacks.tta import TTAEval, merge_views
 from lightning_unfreeze.seeding import keyed_rng
 from lightning_unfreeze.stages.plan import Stage
 from tests.processes import needs_fork
+from tests.zoo import StopsAfter
 
 CLASSES = 3
 
@@ -718,14 +719,6 @@ def test_tta__writes_its_picture_beside_the_checkpoints(tmp_path: Path) -> None:
         assert picture.width > 800
 
 
-class StopsAfter(pl.Callback):
-    def __init__(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        trainer.should_stop = trainer.current_epoch == self.epoch
-
-
 @pytest.mark.parametrize(
     ("stages", "expected"),
     [
@@ -742,7 +735,7 @@ def test_tta__draws_once_in_a_stage_a_validation_and_a_test(
     monkeypatch.setattr(tta_module, "save_figure", lambda *_: None)
     tta, loader = TTAEval(every=1), load(*images_and_targets())
     recorder = Recorder(tta)
-    callbacks = [tta, recorder, StopsAfter(epoch=4), *([] if stages is None else [PlanWithoutFreezing(stages)])]
+    callbacks = [tta, recorder, StopsAfter(4), *([] if stages is None else [PlanWithoutFreezing(stages)])]
     trainer = trainer_with(*callbacks, max_epochs=12)
     trainer.fit(Module(), loader, loader)
     assert list(recorder.results) == ([0, 1, 3, 4] if stages else [0, 1, 2, 3, 4])

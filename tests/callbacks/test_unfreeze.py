@@ -27,14 +27,29 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.optim import lr_scheduler
-from torch.utils.data import IterableDataset
 
 from lightning_unfreeze.callbacks.base import StageCallback
 from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage
 from lightning_unfreeze.callbacks.precompute import PrecomputeFeatures
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.stages.plan import Stage
-from tests.conftest import SmallNet, UserModule, loader, quiet_trainer, random_images, same_weights, weights_of
+from tests.zoo import (
+    Does,
+    Evaluated,
+    LogsByEpoch,
+    Raises,
+    SmallNet,
+    StopsAfter,
+    Stream,
+    TwoOptimizers,
+    UserModule,
+    UsesLBFGS,
+    loader,
+    quiet_trainer,
+    random_images,
+    same_weights,
+    weights_of,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
@@ -423,11 +438,6 @@ class NoFinder(LRFinderPerStage):
         """Searches nothing."""
 
 
-class TwoOptimizers(UserModule):
-    def configure_optimizers(self) -> Any:
-        return [torch.optim.SGD(self.backbone.parameters(), lr=0.1), torch.optim.SGD(self.head.parameters(), lr=0.1)]
-
-
 class NoOptimizer(UserModule):
     def configure_optimizers(self) -> Any:
         return None
@@ -437,11 +447,6 @@ class Manual(UserModule):
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
-
-
-class UsesLBFGS(UserModule):
-    def configure_optimizers(self) -> Any:
-        return torch.optim.LBFGS(self.parameters())
 
 
 @pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
@@ -535,14 +540,7 @@ def state_of(module: nn.Module) -> Any:
 
 
 def test_unfreeze__evaluation_after_fit_leaves_the_module_alone() -> None:
-    class WithTest(UserModule):
-        def test_step(self, batch: Any, batch_idx: int) -> None:
-            self.validation_step(batch, batch_idx)
-
-        def predict_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-            return self.net(batch[0])
-
-    module = WithTest(SmallNet())
+    module = Evaluated()
     callback = GradualUnfreeze([Stage("full", epochs=1), Stage("head", train="head", epochs=1)])
     trainer = quiet_trainer([callback])
     trainer.fit(module, loader(), loader())
@@ -569,21 +567,13 @@ def test_unfreeze__a_second_fit_starts_at_the_first_stage() -> None:
 
 
 def test_unfreeze__a_fit_after_an_error_starts_at_the_first_stage() -> None:
-    class Breaks(Callback):
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            if trainer.global_step == self.step:
-                raise RuntimeError("on purpose")
-
-        def __init__(self, step: int) -> None:
-            self.step = step
-
     plan = [Stage("head", train="head", epochs=1, lr=0.3), Stage("full", epochs=1)]
     for step in (1, 4):  # in the first stage, in the second
         callback = GradualUnfreeze(plan)
         torch.manual_seed(0)
         module = UserModule(SmallNet())
         with pytest.raises(RuntimeError, match="on purpose"):
-            quiet_trainer([callback, Breaks(step)]).fit(module, loader())
+            quiet_trainer([callback, Raises(step, RuntimeError("on purpose"))]).fit(module, loader())
         assert same_weights(fit_from_start(callback), fit_from_start(GradualUnfreeze(plan))) == []
         # the same module again: what was frozen when it broke trains in its stage
         witness = Witness(modes)
@@ -592,14 +582,10 @@ def test_unfreeze__a_fit_after_an_error_starts_at_the_first_stage() -> None:
 
 
 def test_unfreeze__a_trainer_that_was_stopped_goes_on_inside_its_stage() -> None:
-    class StopAfter(Callback):
-        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            trainer.should_stop = trainer.should_stop or trainer.current_epoch == 0
-
     plan = [Stage("head", train="head", epochs=2, lr=0.3), Stage("full", epochs=1)]
     witness = Witness(lambda trainer, module: trainer.optimizers[0].param_groups[-1]["lr"])
     callback = GradualUnfreeze(plan)
-    trainer = quiet_trainer([callback, witness, StopAfter()])
+    trainer = quiet_trainer([callback, witness, StopsAfter(0)])
     module = user_module()
     trainer.fit(module, loader())
     assert [event[:3] for event in witness.events] == [("start", "head", 0), ("end", "head", 1)]
@@ -666,11 +652,6 @@ def test_unfreeze__a_player_can_end_a_stage_early() -> None:
     assert trainer.current_epoch == 4
 
 
-class Stream(IterableDataset[Any]):
-    def __iter__(self) -> Any:
-        return iter(random_images(16))
-
-
 @pytest.mark.parametrize(
     ("options", "steps"),
     [
@@ -697,7 +678,7 @@ def test_unfreeze__runs_under_the_trainer_options(options: dict[str, Any], steps
 
 def test_unfreeze__takes_an_iterable_dataset() -> None:
     witness = Witness()
-    quiet_trainer([GradualUnfreeze(HEAD_THEN_ALL), witness]).fit(user_module(), loader(Stream()))
+    quiet_trainer([GradualUnfreeze(HEAD_THEN_ALL), witness]).fit(user_module(), loader(Stream(random_images(16))))
     assert witness.events[-1] == ("end", "full", 1, 4)
 
 
@@ -719,18 +700,12 @@ def test_unfreeze__a_compiled_network_trains_as_the_plain_one() -> None:
 
 @pytest.mark.pictures
 def test_unfreeze__summary_has_the_best_value_of_the_monitored_metric(tmp_path: Any) -> None:
-    class LogsError(UserModule):
-        """Errors by epoch, written down: the second of each stage is the best."""
-
-        def validation_step(self, batch: Any, batch_idx: int) -> None:
-            self.log("val_error", [0.8, 0.5, 0.9, 0.7][self.current_epoch])
-
     checkpoint = ModelCheckpoint(tmp_path, monitor="val_error", mode="min", save_on_train_epoch_end=False)
     plan = [Stage("head", train="head", epochs=2), Stage("full", epochs=2)]
     trainer = quiet_trainer(
         [GradualUnfreeze(plan), checkpoint], enable_checkpointing=True, limit_val_batches=1, check_val_every_n_epoch=1
     )
-    trainer.fit(LogsError(SmallNet()), loader(), loader())
+    trainer.fit(LogsByEpoch([0.8, 0.5, 0.9, 0.7], "val_error"), loader(), loader())
     with open(tmp_path / "stages.csv") as file:
         rows = list(csv.DictReader(file))
     assert [(row["stage"], row["epochs"], float(row["best_val_error"])) for row in rows] == [
@@ -742,16 +717,12 @@ def test_unfreeze__summary_has_the_best_value_of_the_monitored_metric(tmp_path: 
 
 
 def test_unfreeze__summary_survives_a_metric_that_appears_late(tmp_path: Any) -> None:
-    class OnlyLoss(UserModule):
-        def validation_step(self, batch: Any, batch_idx: int) -> None:
-            self.log("val_loss", 0.25)
-
     trainer = quiet_trainer(
         [GradualUnfreeze(HEAD_THEN_ALL), ModelCheckpoint(tmp_path)],
         enable_checkpointing=True,
         check_val_every_n_epoch=2,
     )
-    trainer.fit(OnlyLoss(SmallNet()), loader(), loader())
+    trainer.fit(LogsByEpoch([0.25]), loader(), loader())
     with open(tmp_path / "stages.csv") as file:
         rows = list(csv.DictReader(file))
     assert [(row["stage"], row["best_val_loss"]) for row in rows] == [("head", "nan"), ("full", "0.25")]
@@ -760,11 +731,10 @@ def test_unfreeze__summary_survives_a_metric_that_appears_late(tmp_path: Any) ->
 def test_unfreeze__the_bar_shows_the_stage_and_is_put_back(capsys: Any) -> None:
     seen = []
 
-    class Reads(Callback):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            seen.append(trainer.progress_bar_callback.get_metrics(trainer, pl_module)["stage"])
+    def read(trainer: Any, module: pl.LightningModule, *_: Any) -> None:
+        seen.append(trainer.progress_bar_callback.get_metrics(trainer, module)["stage"])
 
-    trainer = quiet_trainer([GradualUnfreeze(HEAD_THEN_ALL), Reads()], enable_progress_bar=True)
+    trainer = quiet_trainer([GradualUnfreeze(HEAD_THEN_ALL), Does(on_train_batch_end=read)], enable_progress_bar=True)
     trainer.fit(user_module(), loader())
     assert seen == ["1/2 head"] * 3 + ["2/2 full"] * 3
     assert "get_metrics" not in vars(trainer.progress_bar_callback)

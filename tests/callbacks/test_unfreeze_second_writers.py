@@ -17,7 +17,7 @@ from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.inside_lightning.writers import FREEZING, RATES, writers_of
 from lightning_unfreeze.stages.plan import Stage
-from tests.conftest import SmallNet, UserModule, loader, quiet_trainer, same_weights, weights_of
+from tests.zoo import Does, SmallNet, UserModule, loader, quiet_trainer, same_weights, weights_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 PLAN = [Stage("head", train="head", epochs=2), Stage("full", epochs=2)]
@@ -334,13 +334,13 @@ def test_freeze_below__freezes_what_would_hardly_train_and_says_so(caplog: pytes
     plan = [Stage("full", epochs=1, lr_mult=0.1), Stage("again", epochs=1, lr_mult=0.2)]
     seen: dict[str, set[str]] = {}
 
-    class Looks(Callback):
-        def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-            name = plan[trainer.current_epoch].name
-            seen[name] = {n for n, p in pl_module.backbone.named_parameters() if p.requires_grad}
+    def look(trainer: pl.Trainer, module: Any, _: Any) -> None:
+        name = plan[trainer.current_epoch].name
+        seen[name] = {n for n, p in module.backbone.named_parameters() if p.requires_grad}
 
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
-        quiet_trainer([GradualUnfreeze(plan, freeze_below=0.02), Looks()]).fit(user_module(), loader())
+        callbacks = [GradualUnfreeze(plan, freeze_below=0.02), Does(on_before_zero_grad=look)]
+        quiet_trainer(callbacks).fit(user_module(), loader())
     # 0.1 squared lies below 0.02, 0.2 squared does not
     assert {name[0] for name in seen["full"]} == {"1"}
     assert {name[0] for name in seen["again"]} == {"0", "1"}

@@ -16,6 +16,7 @@ from lightning.fabric.utilities.types import _Stateful
 from torch.utils.data import BatchSampler, Dataset, DistributedSampler, RandomSampler
 
 from lightning_unfreeze.data.loaders import EpochBatchSampler, EpochSampler, KeyedDataset, ResumableLoader
+from tests.zoo import Does
 
 
 class Noisy(Dataset[torch.Tensor]):
@@ -239,15 +240,11 @@ class Net(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 
 
-class SaveEveryStep(pl.Callback):
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        trainer.save_checkpoint(self.folder / f"epoch{trainer.current_epoch}.ckpt")
+def saves_every_step(folder: Path) -> Does:
+    return Does(
+        on_train_batch_end=lambda trainer, *_: trainer.save_checkpoint(folder / f"{trainer.global_step}.ckpt"),
+        on_train_epoch_end=lambda trainer, _: trainer.save_checkpoint(folder / f"epoch{trainer.current_epoch}.ckpt"),
+    )
 
 
 def fit(workers: int, whole_batches: bool, save_to: Path | None = None, ckpt: Path | None = None) -> Net:
@@ -269,7 +266,7 @@ def fit(workers: int, whole_batches: bool, save_to: Path | None = None, ckpt: Pa
         enable_checkpointing=False,
         val_check_interval=0.5,
         num_sanity_val_steps=0,
-        callbacks=[SaveEveryStep(save_to)] if save_to else [],
+        callbacks=[saves_every_step(save_to)] if save_to else [],
     )
     trainer.fit(net, loader, torch.utils.data.DataLoader(Noisy(2)), ckpt_path=ckpt)
     return net

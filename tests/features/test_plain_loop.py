@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from lightning_unfreeze.features import cached
+from tests.zoo import Images
 
 DATA = TensorDataset(torch.randn(22, 3, 32, 32, generator=torch.Generator().manual_seed(1)), torch.arange(22) % 3)
 
@@ -105,20 +106,8 @@ def test_cached__validation_data_and_a_directory_that_keeps_the_store(tmp_path: 
         assert len(list(tmp_path.glob("*-train/manifest.json"))) == len(list(tmp_path.glob("*-val/manifest.json"))) == 1
 
 
-class Noisy(TensorDataset):
-    transform = staticmethod(lambda image: image + torch.randn(3, 1, 1))
-
-    def __init__(self, *tensors: Tensor) -> None:
-        super().__init__(*tensors)
-        self.transform = type(self).transform
-
-    def __getitem__(self, index: int) -> Any:
-        image, label = super().__getitem__(index)
-        return self.transform(image), label
-
-
 def test_cached__what_it_refuses(tmp_path: Path) -> None:
-    model, noisy = resnet(), DataLoader(Noisy(*DATA.tensors), 8)
+    model, noisy = resnet(), DataLoader(Images(lambda image: image + torch.randn(3, 1, 1), DATA), 8)
     with pytest.raises(ValueError, match=re.escape("train='hed' names nothing of ResNet, which has conv1, ")):
         cached(model, shuffled(), "hed").__enter__()
     with pytest.raises(ValueError, match="views=0"):

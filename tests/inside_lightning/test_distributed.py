@@ -36,7 +36,8 @@ from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.inside_lightning.distributed import gather_objects, rebuild_ddp, refuse_untested_strategy
 from lightning_unfreeze.inside_lightning.weights import average_of
 from lightning_unfreeze.stages.plan import Stage
-from tests.conftest import (
+from tests.processes import needs_fork
+from tests.zoo import (
     UserModule,
     keyed_loader,
     loader,
@@ -46,7 +47,6 @@ from tests.conftest import (
     steady_module,
     weights_of,
 )
-from tests.processes import needs_fork
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 

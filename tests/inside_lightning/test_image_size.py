@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_unfreeze import GradualUnfreeze, LRFinderPerStage, PrecomputeFeatures, Stage
 from lightning_unfreeze.inside_lightning.image_size import accept_any_image_size
-from tests.conftest import SmallNet, UserModule, quiet_trainer, random_images, same_weights, weights_of
+from tests.zoo import SmallNet, UserModule, quiet_trainer, random_images, same_weights, weights_of
 
 
 class Resizable(pl.LightningDataModule):

@@ -20,7 +20,7 @@ from lightning_unfreeze.inside_lightning.loaders import (
     process_loaders,
     process_no_loaders,
 )
-from tests.conftest import loader, quiet_trainer, random_images
+from tests.zoo import loader, quiet_trainer, random_images
 
 
 class Sees(pl.LightningModule):

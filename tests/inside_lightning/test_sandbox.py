@@ -20,7 +20,7 @@ from lightning_unfreeze.inside_lightning.sandbox import sandbox
 from lightning_unfreeze.inside_lightning.steps import batch_on_device, training_loss
 from lightning_unfreeze.seeding import rng_state
 from lightning_unfreeze.stages.plan import Stage
-from tests.conftest import SmallNet, UserModule, loader, quiet_trainer, random_images, same_weights, weights_of
+from tests.zoo import Does, SmallNet, UserModule, loader, quiet_trainer, random_images, same_weights, weights_of
 
 
 class Meter:
@@ -214,16 +214,15 @@ def test_sandbox__a_kept_loss_can_still_go_backward() -> None:
 
 
 def test_sandbox__puts_back_tensors_that_inference_made() -> None:
-    class Keeps(Callback):
-        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-            with torch.inference_mode():
-                pl_module.plain_tensor = torch.ones(2)
-            with sandbox(trainer, pl_module), torch.inference_mode():
-                pl_module.plain_tensor.add_(1)
-            assert pl_module.plain_tensor.tolist() == [1.0, 1.0]
-            pl_module.plain_tensor = torch.zeros(2)
+    def change(trainer: pl.Trainer, module: Any) -> None:
+        with torch.inference_mode():
+            module.plain_tensor = torch.ones(2)
+        with sandbox(trainer, module), torch.inference_mode():
+            module.plain_tensor.add_(1)
+        assert module.plain_tensor.tolist() == [1.0, 1.0]
+        module.plain_tensor = torch.zeros(2)
 
-    fit(Keeps())
+    fit(Does(on_train_epoch_start=change))
 
 
 def test_sandbox__silences_log_and_callbacks_and_gives_them_back() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_unfreeze.inside_lightning.sandbox import sandbox
 from lightning_unfreeze.inside_lightning.steps import batch_on_device, training_loss
-from tests.conftest import SmallNet, UserModule, loader, quiet_trainer
+from tests.zoo import SmallNet, UserModule, loader, quiet_trainer
 
 
 def test_batch_on_device__goes_through_the_transfer_hooks() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lightning_unfreeze.inside_lightning.transfer import pass_transfer_hooks, transfer_hooks, use_transfer_hooks
-from tests.conftest import UserModule, loader, quiet_trainer
+from tests.zoo import UserModule, loader, quiet_trainer
 
 
 @dataclass(frozen=True)

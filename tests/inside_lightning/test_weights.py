@@ -22,7 +22,7 @@ from lightning_unfreeze.inside_lightning.weights import (
     put_weights_back,
     save_weights,
 )
-from tests.conftest import SmallNet, UserModule, loader, quiet_trainer, same_weights, weights_of
+from tests.zoo import Does, SmallNet, UserModule, loader, quiet_trainer, same_weights, weights_of
 
 
 class At(Callback):
@@ -110,20 +110,18 @@ def test_metrics__stay_pinned_through_the_end_of_an_epoch() -> None:
 def test_metrics__a_validation_aside_is_that_of_the_trainer() -> None:
     found: dict[str, Any] = {}
 
-    class Loud(Callback):
-        def on_validation_end(self, *_: Any) -> None:
-            found["heard"] = found.get("heard", 0) + 1
+    def hear(*_: Any) -> None:
+        found["heard"] = found.get("heard", 0) + 1
 
-    class Ends(Callback):
-        def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            before, random = dict(trainer.callback_metrics), torch.get_rng_state()
-            found["aside"] = validate_aside(trainer)
-            assert dict(trainer.callback_metrics) == before
-            assert torch.equal(torch.get_rng_state(), random)
-            assert pl_module.training
+    def validate(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        before, random = dict(trainer.callback_metrics), torch.get_rng_state()
+        found["aside"] = validate_aside(trainer)
+        assert dict(trainer.callback_metrics) == before
+        assert torch.equal(torch.get_rng_state(), random)
+        assert module.training
 
     module = UserModule(SmallNet())
-    trainer = quiet_trainer([Loud(), Ends()], max_epochs=2)
+    trainer = quiet_trainer([Does(on_validation_end=hear, on_train_end=validate)], max_epochs=2)
     trainer.fit(module, loader(), loader())
     assert found["heard"] == 2
     (logged,) = quiet_trainer([]).validate(module, loader(), verbose=False)

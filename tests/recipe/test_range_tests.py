@@ -6,7 +6,6 @@ import csv
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -17,7 +16,7 @@ from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.cli import main
 from lightning_unfreeze.recipe.range_tests import range_tests
 from lightning_unfreeze.stages.plan import Stage
-from tests.conftest import UserModule, loader, quiet_trainer, same_weights, weights_of
+from tests.zoo import TrainData, UserModule, loader, quiet_trainer, same_weights, weights_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PLAN = [
@@ -25,11 +24,7 @@ PLAN = [
     Stage("middle", train=2, epochs=1),
     Stage("full", epochs=1, lr="find", lr_mult=1 / 3),
 ]
-
-
-class Data(pl.LightningDataModule):
-    def train_dataloader(self) -> Any:
-        return loader(shuffle=True)
+DATA = TrainData(loader(shuffle=True))
 
 
 def finder() -> LRFinderPerStage:
@@ -46,7 +41,7 @@ def test_range_tests__are_those_of_fit_and_train_nothing(plan: list[Stage], trai
     options: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}
     searching = quiet_trainer([GradualUnfreeze(plan, train_bn=train_bn), finder()], **options)
     torch.manual_seed(1)
-    results = range_tests(searching, module, Data())
+    results = range_tests(searching, module, DATA)
     first, last = plan[0].name, plan[-1].name
     assert list(results) == [first, last]
     assert same_weights(before, weights_of(module)) == []
@@ -54,7 +49,7 @@ def test_range_tests__are_those_of_fit_and_train_nothing(plan: list[Stage], trai
     fitting = finder()
     trainer = quiet_trainer([GradualUnfreeze(plan, train_bn=train_bn), fitting], **options)
     torch.manual_seed(1)
-    trainer.fit(module, datamodule=Data())
+    trainer.fit(module, datamodule=DATA)
     assert results[first] == fitting.results[first]
     assert results[last] != fitting.results[last]  # there, the earlier stages have trained
 
@@ -62,9 +57,9 @@ def test_range_tests__are_those_of_fit_and_train_nothing(plan: list[Stage], trai
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but")
 def test_range_tests__of_all_stages_where_none_asks() -> None:
     plan = [Stage("a", train="head", epochs=1, lr=0.1), Stage("b", epochs=1)]
-    assert list(range_tests(quiet_trainer([GradualUnfreeze(plan), finder()]), UserModule(), Data())) == ["a", "b"]
+    assert list(range_tests(quiet_trainer([GradualUnfreeze(plan), finder()]), UserModule(), DATA)) == ["a", "b"]
     with pytest.raises(MisconfigurationException, match="add GradualUnfreeze"):
-        range_tests(quiet_trainer([finder()]), UserModule(), Data())
+        range_tests(quiet_trainer([finder()]), UserModule(), DATA)
 
 
 @pytest.mark.pictures

@@ -5,11 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,14 +32,11 @@ from lightning_unfreeze.study.judge.planning import fit_budget, parse_duration
 from lightning_unfreeze.study.judge.statistics import seeds_for_equivalence, seeds_to_detect
 from lightning_unfreeze.study.runner import FIRST_TUNING_SEED, PILOT_SEEDS, Study
 from lightning_unfreeze.study.runs import workers
-from lightning_unfreeze.study.runs.bench import Task
 from lightning_unfreeze.study.runs.costs import Costs, StageCost
 from lightning_unfreeze.study.runs.distortion import linear_cka
-from lightning_unfreeze.study.runs.making import missing_runs
 from lightning_unfreeze.study.runs.recorder import RunRecorder
 from lightning_unfreeze.study.runs.records import CurvePoint, RunLog, RunRecord, pack_correct
 from lightning_unfreeze.study.runs.run import trains_batch_norm
-from lightning_unfreeze.study.runs.workers import Workers
 from lightning_unfreeze.study.show.merge import _merge, merge_studies
 from lightning_unfreeze.study.show.result import load_study
 
@@ -620,213 +613,7 @@ def test_study__refuses_the_impossible(mistake: str, tmp_path: Path) -> None:
         study(tmp_path, **options)
 
 
-# --- elsewhere -------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Cluster:
-    """A Dask scheduler and its workers, each a process of its own."""
-
-    address: str
-    scheduler: subprocess.Popen[bytes]
-    workers: list[subprocess.Popen[bytes]]
-    file: Path
-
-
-def start(*arguments: str) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "study")])}
-    return subprocess.Popen([sys.executable, "-m", *arguments], env=environment, stderr=subprocess.DEVNULL)
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    pytest.importorskip("distributed")
-    file = tmp_path / "scheduler.json"
-    scheduler = start("distributed.cli.dask_scheduler", "--port", "0", "--no-dashboard", "--scheduler-file", str(file))
-    started: list[subprocess.Popen[bytes]] = []
-    try:
-        while not file.exists() or not file.read_text().strip():
-            time.sleep(0.2)
-        address = json.loads(file.read_text())["address"]
-        options = ("--nthreads", "1", "--no-nanny", "--no-dashboard", "--local-directory", str(tmp_path))
-        started += [start("distributed.cli.dask_worker", address, *options) for _ in range(2)]
-        yield Cluster(address, scheduler, started, file)
-    finally:
-        for process in (*started, scheduler):
-            process.kill()
-            process.wait()
-
-
-def made_from(seconds: float) -> Any:
-    """Tasks whose runs take a while and say which process made them."""
-
-    def sleeping(task: Any, bench: Any, costs: Any, runs_per_gpu: int) -> RunRecord:
-        time.sleep(seconds)
-        return dataclasses.replace(record_of(task), environment={"pid": str(os.getpid())})
-
-    return sleeping
-
-
-def record_of(task: Any) -> RunRecord:
-    return RunRecord(task.key, task.label, task.seed, "digits", 0.5, 2, pack_correct([1, 0]), 1, 1.0, 1.0)
-
-
-def made_up_tasks(count: int) -> list[Task]:
-    arm = Arm("full9", (Stage("full", epochs=1),))
-    return [Task(f"{index:015x}{0:09x}", arm, index, arm.stages, "test", "full9") for index in range(count)]
-
-
-@pytest.mark.slow
-def test_dask__a_killed_workers_runs_are_made_again_and_none_is_lost(
-    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(workers, "execute_on_worker", made_from(0.3))
-    log, tasks = RunLog(tmp_path / "runs.jsonl"), made_up_tasks(14)
-    there, killed = Workers(backend="dask", scheduler=cluster.address), False
-    for _ in missing_runs(tasks, log, there, None, None):  # type: ignore[arg-type]
-        if not killed and len({r.environment["pid"] for r in log.read()}) == 2:
-            cluster.workers[0].kill()
-            killed = True
-    assert killed and sorted(record.seed for record in log.read()) == list(range(14))
-
-
-@pytest.mark.slow
-def test_dask__without_workers_ends_with_an_error_and_goes_on_later(
-    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(workers, "execute_on_worker", made_from(0.2))
-    monkeypatch.setattr(workers, "NO_WORKER_SECONDS", 1.0)
-    monkeypatch.setattr(workers, "_LOOK_SECONDS", 0.5)
-    log, tasks = RunLog(tmp_path / "runs.jsonl"), made_up_tasks(30)
-    there = Workers(backend="dask", scheduler=str(cluster.file))
-    made = missing_runs(tasks, log, there, None, None)  # type: ignore[arg-type]
-    next(made)
-    for worker in cluster.workers:
-        worker.kill()
-    with pytest.raises(RuntimeError, match=r"no Dask worker for 1 s.*What is finished is on disk"):
-        list(made)
-    done = len(log.read())
-    assert 1 <= done < 30
-    monkeypatch.setattr(workers, "NO_WORKER_SECONDS", 60.0)  # a new one takes a while to start
-    cluster.workers.append(start("distributed.cli.dask_worker", cluster.address, "--no-nanny", "--no-dashboard"))
-    assert len(list(missing_runs(tasks, log, there, None, None))) == 30 - done  # type: ignore[arg-type]
-
-
-@pytest.mark.slow
-def test_dask__finds_the_same_as_this_process(cluster: Cluster, finished: Study) -> None:
-    there = study(finished.out, backend="dask", scheduler=cluster.address)
-    chosen = there._tune([arm for arm in there.arms if arm.name == "full9"])  # on disk already
-    tasks = [there._task(there.arms[0], seed, chosen) for seed in (0, 1)]
-    made = {record.key: record for record in there.workers.results(tasks, there.bench, there.costs)}
-    for record in RunLog(finished.out / "runs.jsonl").read():
-        if record.arm == "full9":
-            twin = made[record.key]
-            assert (twin.correct, twin.flops, twin.lr_trace) == (record.correct, record.flops, record.lr_trace)
-            assert [p.val_acc for p in twin.curve] == [p.val_acc for p in record.curve]
-
-
-def test_dask__no_scheduler_is_an_error_that_says_how_to_start_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "CONNECT_SECONDS", 1)
-    pytest.importorskip("distributed")
-    with pytest.raises(RuntimeError, match=r"tcp://127.0.0.1:9.*no Dask scheduler answers.*dask worker"):
-        list(Workers(backend="dask", scheduler="tcp://127.0.0.1:9").results(made_up_tasks(1), None, None))  # type: ignore[arg-type]
-
-
-def dies_once(task: Any, bench: Any, costs: Any, runs_per_gpu: int) -> RunRecord:
-    """Ends its process the first time that seed 2 comes."""
-    mark = Path(os.environ["STUDY_TEST_MARK"])
-    if task.seed == 2 and not mark.exists():
-        mark.touch()
-        os._exit(9)
-    return record_of(task)
-
-
-def dies(task: Any, bench: Any, costs: Any, runs_per_gpu: int) -> RunRecord:
-    os._exit(9)
-
-
-@pytest.mark.slow
-def test_processes__a_killed_ones_run_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STUDY_TEST_MARK", str(tmp_path / "mark"))
-    monkeypatch.setattr(workers, "execute_on_worker", dies_once)
-    log = RunLog(tmp_path / "runs.jsonl")
-    with pytest.warns(UserWarning, match="its run is made again"):
-        list(missing_runs(made_up_tasks(6), log, Workers(n_jobs=2), None, None))  # type: ignore[arg-type]
-    assert sorted(record.seed for record in log.read()) == list(range(6))
-    monkeypatch.setattr(workers, "execute_on_worker", dies)
-    with pytest.warns(UserWarning, match="made again"), pytest.raises(RuntimeError, match="3 worker processes died"):
-        list(missing_runs(made_up_tasks(8), log, Workers(n_jobs=2), None, None))  # type: ignore[arg-type]
-
-
-# --- several processes in one folder ---------------------------------------------------------------------------------
-
-SHARING = """
-import sys, time
-from test_runner import record_of, made_up_tasks
-from lightning_unfreeze.study.runs import workers
-from lightning_unfreeze.study.runs.making import missing_runs
-from lightning_unfreeze.study.runs.records import RunLog
-def execute(task, bench, costs):
-    if sys.argv[2] == "hang" and task.seed == 3:
-        print("hangs", flush=True); time.sleep(600)
-    time.sleep(0.05)
-    return record_of(task)
-workers.execute = execute
-print(len(list(missing_runs(made_up_tasks(12), RunLog(sys.argv[1]), workers.Workers(), None, None))))
-"""
-
-
-def share(log: Path, how: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "study")])}
-    command = [sys.executable, "-c", SHARING, str(log), how]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-
-
-@pytest.mark.slow
-def test_processes__share_a_folder_and_take_over_what_a_killed_one_had_claimed(tmp_path: Path) -> None:
-    log = tmp_path / "runs.jsonl"
-    hanging = share(log, "hang")
-    assert hanging.stdout is not None and hanging.stdout.readline() == "hangs\n"
-    other = share(log, "work")
-    while len(RunLog(log).read()) < 11:  # all but the one that hangs, whoever made them
-        time.sleep(0.1)
-    assert other.poll() is None  # it waits for the run that is claimed
-    hanging.kill()
-    hanging.communicate()
-    said, _ = other.communicate(timeout=60)
-    lines = log.read_text().splitlines()
-    assert len(lines) == 12 and sorted(r.seed for r in RunLog(log).read()) == list(range(12))
-    assert int(said) == 12 - 3  # the first three were the other's, who then hung
-
-
-def test_gpus__are_handed_out_in_turn(tmp_path: Path) -> None:
-    code = (
-        "import os,sys,time,torch;from pathlib import Path;from lightning_unfreeze.study.runs.claims import take_gpu;"
-        "torch.cuda.device_count=lambda:2;take_gpu(2,Path(sys.argv[1]));"
-        "print(os.environ['CUDA_VISIBLE_DEVICES'],flush=True);sys.stdin.read()"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    environment.pop("CUDA_VISIBLE_DEVICES", None)
-
-    def worker() -> tuple[str, subprocess.Popen[str]]:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path)],
-            env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
-        assert process.stdout is not None
-        return process.stdout.readline().strip(), process
-
-    held = [worker() for _ in range(4)]
-    try:
-        assert [gpu for gpu, _ in held] == ["0", "1", "0", "1"]
-        held[1][1].kill()
-        held[1][1].wait()
-        held.append(worker())
-        assert held[-1][0] == "1"  # what the killed one had
-    finally:
-        for _, process in held:
-            process.kill()
-            process.communicate()
+# --- shards ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shard", ["0/3", "4/3", "3", "a/b", "1/0"])

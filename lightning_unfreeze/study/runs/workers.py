@@ -129,10 +129,20 @@ class Workers:
                     done = distributed.wait(pending, timeout=_LOOK_SECONDS, return_when="FIRST_COMPLETED").done
                 except (TimeoutError, distributed.TimeoutError):
                     done = set()
-                yield from (future.result() for future in done if future.status != "cancelled")
+                fetched = set()
+                for future in done:
+                    try:
+                        record = None if future.status == "cancelled" else future.result(timeout=_LOOK_SECONDS)
+                    except (TimeoutError, distributed.TimeoutError):
+                        if future.status == "error":  # the run's own
+                            raise
+                        record = None  # its worker died with it
+                    if record is not None:
+                        fetched.add(future)
+                        yield record
                 lost = client.status != "running" or any(future.status == "cancelled" for future in done)
-                pending -= done
-                alone = lost or (not done and not client.scheduler_info()["workers"])
+                pending -= fetched
+                alone = lost or (not fetched and not client.scheduler_info()["workers"])
                 alone_since = (alone_since or time.monotonic()) if alone else None
                 if lost or (alone_since is not None and time.monotonic() - alone_since > NO_WORKER_SECONDS):
                     raise RuntimeError(
