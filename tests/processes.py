@@ -68,17 +68,6 @@ def fork(action: Callable[[], object]) -> Forked:
         os._exit(status)
 
 
-def in_another_process(action: Callable[[], object]) -> None:
-    """Runs `action` in a child, for which warnings are no errors, to its end; an error there is one here."""
-
-    def without_warnings() -> None:
-        warnings.simplefilter("ignore")
-        action()
-
-    status = fork(without_warnings).wait()
-    assert status == 0, f"the process ended with {status}; its error is in what was captured"
-
-
 def until(condition: Callable[[], Any]) -> Any:
     """Waits for what another process does; its value."""
     end = time.monotonic() + HANGS_SECONDS

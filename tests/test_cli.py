@@ -539,7 +539,7 @@ def test_quickstart__fits_then_tests_and_predicts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    main(["fit", "--config", str(CONFIGS / "quickstart.yaml"), "--stage.full.num_cycles=2", *TINY])
+    main(["fit", "--config", str(CONFIGS / "quickstart.yaml"), "--stage.full.num_cycles=3", *TINY])
     (checkpoint,) = Path("runs").rglob("*.ckpt")
     main(["test", "--config", str(CONFIGS / "quickstart.yaml"), f"--ckpt_path={checkpoint}", *TINY])
     accuracy = float(re.search(r"test_acc\W+([0-9.]+)", capsys.readouterr().out).group(1))  # type: ignore[union-attr]

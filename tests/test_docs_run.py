@@ -65,8 +65,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=lambda page: page.stem,
 )
 def test_python__runs_as_it_stands(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks of a page one after the other; what a page calls yours is there."""
+    """The blocks of a page one after the other, in short epochs; what a page calls yours is there."""
     monkeypatch.chdir(workplace)
+    for split in ("TRAIN", "VAL", "TEST", "PREDICT"):  # Lightning's defaults, for a Trainer that is not told otherwise
+        monkeypatch.setenv(f"PL_TRAINER_LIMIT_{split}_BATCHES", "2")
     pl.seed_everything(0)
     names: dict[str, Any] = {
         "__name__": "__main__",

@@ -96,12 +96,16 @@ def _is_table(value: object) -> bool:
     return type(value).__module__.partition(".")[0] in ("pandas", "polars") and hasattr(value, "to_numpy")
 
 
+@functools.cache
+def _install_roots() -> tuple[str, ...]:
+    return tuple(sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib"))
+
+
 def _installed(module_name: str) -> str | None:
     """Top-level package and version of what is installed; None for the user's own code."""
     package = module_name.partition(".")[0]
     file = getattr(sys.modules.get(module_name), "__file__", None)
-    roots = [sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib")]
-    if package in sys.builtin_module_names or (file and any(Path(file).is_relative_to(root) for root in roots)):
+    if package in sys.builtin_module_names or (file and any(map(Path(file).is_relative_to, _install_roots()))):
         return f"{package} {getattr(sys.modules.get(package), '__version__', sys.version_info[:2])}"
     return None
 

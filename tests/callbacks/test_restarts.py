@@ -29,7 +29,7 @@ from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.data.loaders import EpochSampler, ResumableLoader
 from lightning_unfreeze.stages.plan import Stage
-from tests.processes import in_another_process, needs_fork
+from tests.processes import needs_fork
 from tests.zoo import Does, Saves, Stream, checkpoint_at, quiet_trainer, same_weights, weights_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
@@ -836,6 +836,7 @@ def test_until__needs_its_value_at_every_cycle_end(monitor: str, options: dict[s
 
 
 @pytest.mark.ddp
+@pytest.mark.filterwarnings("ignore")  # Lightning, about processes and loaders
 @needs_fork
 def test_until__ranks_decide_as_one_though_they_log_different_values(tmp_path: Path) -> None:
     class Differ(Line):
@@ -851,14 +852,11 @@ def test_until__ranks_decide_as_one_though_they_log_different_values(tmp_path: P
         said["shots"] = [str(path) for path in restarts.snapshots]
         (tmp_path / f"{trainer.global_rank}.json").write_text(json.dumps(said))
 
-    def run() -> None:
-        torch.manual_seed(0)
-        plan = [Stage("full", lr=0.1, cycle_len=1, num_cycles=4, until="overfit")]
-        callbacks = [GradualUnfreeze(plan), CosineRestarts(snapshots=True), Does(on_train_end=report)]
-        trainer = quiet_trainer(callbacks, devices=2, strategy="ddp_fork", logger=CSVLogger(tmp_path))
-        trainer.fit(Differ(), points(6), points(2))
-
-    in_another_process(run)
+    torch.manual_seed(0)
+    plan = [Stage("full", lr=0.1, cycle_len=1, num_cycles=4, until="overfit")]
+    callbacks = [GradualUnfreeze(plan), CosineRestarts(snapshots=True), Does(on_train_end=report)]
+    trainer = quiet_trainer(callbacks, devices=2, strategy="ddp_fork", logger=CSVLogger(tmp_path))
+    trainer.fit(Differ(), points(6), points(2))
     told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert told[0] == told[1]
     assert told[0]["values"] == {"full": pytest.approx([3.0, 2.75, 2.95])}

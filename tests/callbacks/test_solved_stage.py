@@ -21,7 +21,7 @@ from lightning_unfreeze.callbacks.precompute import PrecomputeFeatures
 from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.stages.plan import Stage
-from tests.processes import in_another_process, needs_fork
+from tests.processes import needs_fork
 from tests.zoo import Does, Images, Stream, UserModule, loader, quiet_trainer, same_weights, weights_of
 
 SOLVED = Stage("head", train="head", precompute=True, solve=True)
@@ -282,17 +282,15 @@ def test_solved_stage__refuses_what_it_cannot_solve(tmp_path: Path) -> None:
 
 
 @pytest.mark.ddp
+@pytest.mark.filterwarnings("ignore")  # Lightning, about processes and loaders
 @needs_fork
 def test_solved_stage__two_ranks_solve_the_head_of_one(tmp_path: Path) -> None:
     def report(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         torch.save(weights_of(module), tmp_path / f"{trainer.global_rank}.pt")
 
-    def run() -> None:
-        torch.manual_seed(0)
-        ranks = {"devices": 2, "strategy": "ddp_fork"}
-        fit(tmp_path, Weighted(), [SOLVED], Does(on_train_end=report), trainer=ranks)
-
-    in_another_process(run)
+    torch.manual_seed(0)
+    ranks = {"devices": 2, "strategy": "ddp_fork"}
+    fit(tmp_path, Weighted(), [SOLVED], Does(on_train_end=report), trainer=ranks)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert same_weights(first, second) == []
     torch.manual_seed(0)
