@@ -248,6 +248,7 @@ def test_restarts__a_logger_that_is_never_due_is_no_error(tmp_path: Path) -> Non
 # --- snapshots
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_snapshots__are_the_weights_after_the_last_step_of_each_cycle_and_test_averages_them(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = Line()

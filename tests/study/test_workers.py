@@ -190,7 +190,8 @@ def test_processes__share_a_folder_and_take_over_what_a_killed_one_had_claimed(t
     hanging = share(log, tmp_path / "hangs", hangs_at=3)
     until((tmp_path / "hangs").exists)
     other = share(log, tmp_path / "made")
-    until(lambda: len(RunLog(log).read()) == 11)  # all but the one that hangs, whoever made them
+    until(lambda: len(RunLog(log).read()) == 11)
+    assert 3 not in {record.seed for record in RunLog(log).read()}  # all but the one that hangs, whoever made them
     assert other.is_running()  # it waits for the run that is claimed
     hanging.kill()
     hanging.wait()
