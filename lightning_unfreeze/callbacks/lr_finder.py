@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from lightning_unfreeze.callbacks.base import StageCallback, players
 from lightning_unfreeze.inside_lightning.loaders import fresh_batches
 from lightning_unfreeze.inside_lightning.sandbox import sandbox
-from lightning_unfreeze.inside_lightning.steps import optimizer_step
+from lightning_unfreeze.inside_lightning.steps import epochs_of_fit, optimizer_step, steps_of_epoch
 from lightning_unfreeze.layers.param_groups import peak_lr, set_lr, set_peak_lr
 from lightning_unfreeze.reporting import log_metrics, progress_bar, report_dir, save_figure, write_csv
 from lightning_unfreeze.stages.plan import Stage
@@ -32,6 +32,7 @@ from lightning_unfreeze.stages.range_test_rules import (
 _METHODS: tuple[SuggestionMethod, ...] = get_args(SuggestionMethod)
 _SMOOTHING = 0.9  # of what the rules read: with more the curve lags behind its rate, and what they say is too low
 _DIVERGENCE_SMOOTHING = 0.98
+_CLEAR_RISE = 0.5  # nats of a cross entropy: the right class has lost 40 % of its probability
 _CUT_LAST = 5  # points at the end, where the loss already diverges, that no rule reads (fastai's number)
 
 
@@ -43,11 +44,13 @@ class RangeTest:
         lrs: Rate of the param group with the highest peak, per step.
         losses: Mean loss over ranks and micro-batches, per step, as measured.
         method: The rule that sets the rate.
+        steps: Optimizer steps of the stage, which a rate from below the rise depends on; None where not known.
     """
 
     lrs: list[float]
     losses: list[float]
     method: SuggestionMethod
+    steps: int | None = None
 
     @property
     def smoothed(self) -> list[float]:
@@ -66,7 +69,14 @@ class RangeTest:
         it starts to rise, is told from the losses as measured, whose noise is independent.
         """
         read = slice(len(self.lrs) // 10, max(0, len(self.lrs) - _CUT_LAST))
-        return read_curve(self.lrs[read], self.smoothed[read], method or self.method, self.losses[read])
+        return read_curve(
+            self.lrs[read],
+            self.smoothed[read],
+            method or self.method,
+            self.losses[read],
+            steps=self.steps,
+            clear=_CLEAR_RISE,
+        )
 
     def suggestions(self) -> dict[str, float | None]:
         """The rate by each rule; they agree where the curve does not fall."""
@@ -125,7 +135,9 @@ class LRFinderPerStage(StageCallback):
         min_lr: First rate.
         max_lr: Last rate.
         num_steps: Optimizer steps of the test; the loader is started again where it is shorter.
-        method: Rule that reads the curve, see `schedules.suggest_lr`.
+        method: Rule that reads the curve, see `stages.range_test_rules.suggest_lr`. `"auto"`: `valley` in the first
+            stage of a plan, whose head is new, and `below_rise` in those that go on from trained weights; how far below
+            depends on the length of the stage.
         apply: Set the rate; False only shows the curve.
         on_no_signal: What to do with a curve that neither falls nor rises. `"ladder"`: the rate of the last stage that
             had one, a tenth of it where that stage trained the head alone and this one more; without such a stage as
@@ -146,7 +158,7 @@ class LRFinderPerStage(StageCallback):
         min_lr: float = 1e-6,
         max_lr: float = 1.0,
         num_steps: int = 100,
-        method: SuggestionMethod = "valley",
+        method: SuggestionMethod | Literal["auto"] = "auto",
         apply: bool = True,
         on_no_signal: Literal["ladder", "keep", "error"] = "ladder",
     ) -> None:
@@ -154,12 +166,12 @@ class LRFinderPerStage(StageCallback):
             raise ValueError(f"min_lr={min_lr}, max_lr={max_lr}: has to be 0 < min_lr < max_lr, both finite")
         if num_steps < 20:
             raise ValueError(f"num_steps={num_steps} is too few to read a curve from; give 20 or more (default 100)")
-        if method not in _METHODS:
-            raise ValueError(f"method={method!r} is not one of {list(_METHODS)}")
+        if method not in ("auto", *_METHODS):
+            raise ValueError(f"method={method!r} is not one of {['auto', *_METHODS]}")
         if on_no_signal not in ("ladder", "keep", "error"):
             raise ValueError(f"on_no_signal={on_no_signal!r} is not 'ladder', 'keep' or 'error'")
         self.min_lr, self.max_lr, self.num_steps = min_lr, max_lr, num_steps
-        self.method: SuggestionMethod = method
+        self.method: SuggestionMethod | Literal["auto"] = method
         self.apply = apply
         self.on_no_signal = on_no_signal
         self.results: dict[str, RangeTest] = {}
@@ -202,7 +214,7 @@ class LRFinderPerStage(StageCallback):
             self._ladder.append((answer.rate, head_alone))
             if self.apply:
                 self._set(trainer, answer.rate)
-                where = self.method if answer.end == "fall" else f"below the rise from {answer.rise:.3g} on"
+                where = result.method if answer.end == "fall" else f"below the rise from {answer.rise:.3g} on"
                 rank_zero_info(f"stage {stage.name!r}: learning rate {answer.rate:.3g} by range test ({where})")
             return
         message = (
@@ -271,7 +283,19 @@ class LRFinderPerStage(StageCallback):
                     break
         if not losses:
             raise MisconfigurationException(f"stage {name!r}: `training_step` returned no loss, so there is no curve")
-        return RangeTest(lrs, losses, self.method)
+        method = self.method
+        if method == "auto":
+            method = "valley" if self.run is None or self.run.index == 0 else "below_rise"
+        return RangeTest(lrs, losses, method, self._steps_to_come(trainer))
+
+    def _steps_to_come(self, trainer: pl.Trainer) -> int | None:
+        steps = steps_of_epoch(trainer)
+        if steps is None or self.run is None:
+            return None
+        if self.run.planned:
+            return steps * self.run.stage.num_epochs
+        epochs = epochs_of_fit(trainer, steps)
+        return None if isinstance(epochs, float) else int(epochs * steps)
 
     def _show(self, trainer: pl.Trainer, name: str) -> None:
         result = self.results[name]

@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 from lightning.pytorch.utilities import CombinedLoader
@@ -24,8 +25,10 @@ _READ_ONLY_BYTES = 2**20  # what is larger than a list of indices is data, which
 def fresh_batches(trainer: pl.Trainer) -> Iterator[Iterator[tuple[Any, int]]]:
     """Batches of the stage's training data without end, with their place in a pass, from iterators of their own.
 
-    Batches that are None are left out, as Lightning skips them. The Trainer's loaders, their iterators and workers,
-    samplers and datasets with their random generators and counters are afterwards as before.
+    Each pass is that of another epoch, for samplers that are told: the same few batches again and again, augmented in
+    the same way, would be learnt by heart. Batches that are None are left out, as Lightning skips them. The Trainer's
+    loaders, their iterators and workers, samplers and datasets with their random generators and counters are afterwards
+    as before.
 
     Raises:
         MisconfigurationException: For a loader that is its own iterator and cannot be put back where it was, and for
@@ -38,7 +41,7 @@ def fresh_batches(trainer: pl.Trainer) -> Iterator[Iterator[tuple[Any, int]]]:
         for loader in fresh.flattened:
             _refuse_if_used_up(loader, iterators)
         fresh.flattened = [_twin(loader) for loader in fresh.flattened]
-        batches = _endless(fresh, limit)
+        batches = _endless(fresh, limit, trainer.current_epoch)
         try:
             yield batches
         finally:
@@ -73,10 +76,14 @@ def _twin(loader: Any) -> Any:
     return twin
 
 
-def _endless(loader: CombinedLoader, limit: int | None) -> Iterator[tuple[Any, int]]:
+def _endless(loader: CombinedLoader, limit: int | None, epoch: int) -> Iterator[tuple[Any, int]]:
     empty_passes = 0
     while empty_passes < 2:  # one may be: a loader that is its own iterator ends its pass when it is asked once more
         empty_passes += 1
+        for one in loader.flattened:
+            # as at the start of an epoch; no public name, guarded by `test_fresh_batches__each_pass_is_another_epoch`
+            _set_sampler_epoch(one, epoch)
+        epoch += 1
         for batch, batch_idx, _ in islice(iter(loader), limit):
             if batch is not None:
                 empty_passes = 0

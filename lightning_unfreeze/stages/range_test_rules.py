@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from lightning_unfreeze.stages.schedules import check
 
 FloatArray: TypeAlias = NDArray[np.float64]
-SuggestionMethod = Literal["valley", "slide", "minimum/10", "steep", "still_improving"]
+SuggestionMethod = Literal["valley", "slide", "minimum/10", "steep", "still_improving", "below_rise"]
 End = Literal["fall", "rise", "none"]
 
 _MIN_POINTS = 5  # fewer points than this are not a curve
@@ -24,7 +24,8 @@ _WANDERING, _WHITE = 2.5, 4.5
 _WHITE_BELOW = -0.37  # lag-1 correlation of the differences: -0.5 for white noise, near -0.1 for smoothed noise
 _FLOAT32_NOISE = 1e-6
 _PLAIN_FALL, _PLAIN_RISE = 0.05, 0.25  # of the level: what anyone sees, whatever the noise
-_BELOW_RISE = 20  # measured: benchmarks/results/finder.md
+# what a rate from below the rise is divided by; all three measured: benchmarks/results/finder.md
+_BELOW_RISE, _LEAST_BELOW_RISE, _BELOW_RISE_AT_ONE_STEP = 20.0, 3.0, 105.0
 _CLEAR_NOISE = 4.0  # standard deviations of a mean of points
 
 
@@ -90,8 +91,8 @@ class Answer:
 
     Attributes:
         rate: The suggestion; None where there is none.
-        end: `"fall"`: a rule read it off where the loss falls; `"rise"`: a twentieth of the rate at which the loss
-            clearly rises, of a curve that does not fall; `"none"`: the curve does neither.
+        end: `"fall"`: a rule read it off where the loss falls; `"rise"`: a part of the rate at which the loss clearly
+            rises (`below_rise`); `"none"`: the curve does neither.
         rise: Rate from which on the loss is clearly above its lowest; None where it never is.
     """
 
@@ -113,6 +114,9 @@ def suggest_lr(lrs: ArrayLike, losses: ArrayLike, method: SuggestionMethod = "va
     * `still_improving`: the highest rate, up to that of the lowest loss, at which the loss still falls at least half as
       fast per log rate as where it falls fastest. Slopes are least-squares lines through a point and a twentieth of
       the curve (at least one point) to each side.
+    * `below_rise`: a twentieth of the rate at which the loss starts to rise, whatever it did before that; `valley`
+      where it never rises. For weights that were trained for this loss before: what they still fall by is little, and
+      a matter of few images learnt by heart.
 
     Where it does not fall, after a head has converged say, the information is where it starts to rise: a twentieth of
     the rate of that point (`rise_start`), by any method. A curve rises if, read backwards, it falls.
@@ -142,8 +146,34 @@ def suggest_lr(lrs: ArrayLike, losses: ArrayLike, method: SuggestionMethod = "va
     return read_curve(lrs, losses, method).rate
 
 
+def below_rise(rise: float, steps: int | None = None) -> float:
+    """The rate to train with, given the one at which a range test starts to destroy what was learnt.
+
+    A high rate costs first and pays later: what it destroys has to be learnt again. How far below the rise the best
+    rate lies therefore depends on the steps that are left, measured: a twentieth for twelve steps, a sixth for seventy,
+    a third for two hundred and more (`benchmarks/results/finder.md`; that few steps prefer low rates is the short-horizon
+    bias of Wu et al. 2018).
+
+    Args:
+        rise: Rate at which the loss starts to rise.
+        steps: Optimizer steps of the training to come; None divides by twenty.
+
+    >>> [round(below_rise(6e-3, steps), 5) for steps in (None, 12, 72, 1000)]
+    [0.0003, 0.0003, 0.00099, 0.002]
+    """
+    if steps is None:
+        return rise / _BELOW_RISE
+    return rise / max(_LEAST_BELOW_RISE, _BELOW_RISE_AT_ONE_STEP / max(1, steps) ** (2 / 3))
+
+
 def read_curve(
-    lrs: ArrayLike, losses: ArrayLike, method: SuggestionMethod = "valley", measured: ArrayLike | None = None
+    lrs: ArrayLike,
+    losses: ArrayLike,
+    method: SuggestionMethod = "valley",
+    measured: ArrayLike | None = None,
+    *,
+    steps: int | None = None,
+    clear: float = 0.0,
 ) -> Answer:
     """What `suggest_lr` says, and by which end of the curve.
 
@@ -153,6 +183,8 @@ def read_curve(
         method: see `suggest_lr`.
         measured: The losses before they were smoothed, shape `(N,)`. Their noise is independent, so they tell a fall
             and a rise from noise better; the rule still reads `losses`.
+        steps: Optimizer steps of the training to come, see `below_rise`.
+        clear: See `rise_start`.
 
     Raises:
         ValueError: as `suggest_lr`.
@@ -170,15 +202,16 @@ def read_curve(
         rates, curve, points = rates[: bad[0]], curve[: bad[0]], points[: bad[0]]
     if curve.size < (_SLIDE_WIDTH + 1 if method == "slide" else _MIN_POINTS):
         return Answer(None, "none")
-    rise = rise_start(rates, points) if measured is not None or _rises(curve) else None
-    if _falls(curve) if measured is None else _clearly_falls(points):
+    rise = rise_start(rates, points, clear) if measured is not None or _rises(curve) else None
+    falls = _falls(curve) if measured is None else _clearly_falls(points)
+    if falls and (rise is None or method != "below_rise"):
         return Answer(float(_RULES[method](rates, curve)), "fall", rise)
     if rise is not None:
-        return Answer(rise / _BELOW_RISE, "rise", rise)
+        return Answer(below_rise(rise, steps), "rise", rise)
     return Answer(None, "none")
 
 
-def rise_start(lrs: ArrayLike, losses: ArrayLike) -> float | None:
+def rise_start(lrs: ArrayLike, losses: ArrayLike, clear: float = 0.0) -> float | None:
     """The rate from which on the loss stays clearly above its lowest, or None.
 
     The last point is sought at which the median of five points around it is within reach of the lowest such median:
@@ -188,6 +221,8 @@ def rise_start(lrs: ArrayLike, losses: ArrayLike) -> float | None:
     Args:
         lrs: rates, increasing, shape `(N,)`.
         losses: finite, shape `(N,)`.
+        clear: A rise that counts, in units of the loss, where the curve has one that large: little noise does not make
+            a small one clear.
 
     >>> rise_start([1e-4, 1e-3, 1e-2, 1e-1, 1, 10, 100, 1000], [2, 2, 2, 2, 2, 4, 8, 16])
     10.0
@@ -202,6 +237,8 @@ def rise_start(lrs: ArrayLike, losses: ArrayLike) -> float | None:
     rise = float(middle[lowest:].max()) - middle[lowest]
     noise = _noise(curve[: max(lowest + 1, curve.size // 3, _MIN_POINTS)])
     reach = max(_CLEAR_NOISE * noise / np.sqrt(3), fall / 10, rise / 50, _FLOAT32_NOISE * np.abs(curve).max())
+    if np.count_nonzero(middle[lowest:] > middle[lowest] + clear) >= 3:
+        reach = max(reach, clear)
     last = int(np.flatnonzero(middle <= middle[lowest] + reach)[-1])
     return float(rates[last + 1]) if last + 3 < curve.size else None
 
@@ -309,4 +346,5 @@ _RULES: dict[str, Callable[[FloatArray, FloatArray], float]] = {
     "minimum/10": _minimum_over_10,
     "steep": _steep,
     "still_improving": _still_improving,
+    "below_rise": _valley,  # of a curve that never rises
 }

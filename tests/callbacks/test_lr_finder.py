@@ -449,10 +449,32 @@ def test_finder__a_curve_that_only_rises_sets_a_rate_below_the_rise(caplog: pyte
     assert answer.end == "rise" and 10 ** (-6 + 6 * 60 / 99) < answer.rise < 10 ** (-6 + 6 * 70 / 99)  # type: ignore[operator]
     assert "below the rise from" in caplog.text
     rates = {group["layer_group"]: group["lr"] for group in trainer.optimizers[0].param_groups}
-    assert rates == pytest.approx({"backbone": answer.rise / 80, "head": answer.rise / 20})  # type: ignore[operator]
+    rate = answer.rise / (105 / 3 ** (2 / 3))  # type: ignore[operator]  # one epoch of three steps
+    assert rates == pytest.approx({"backbone": rate / 4, "head": rate})
     names = [text.get_text() for text in result.plot().axes[0].get_legend().get_texts()]
     assert f"below the rise: {answer.rate:.2g} (chosen)" in names
     assert f"rises from {answer.rise:.2g} on" in names
+
+
+def test_finder__a_stage_that_goes_on_from_trained_weights_reads_the_rise() -> None:
+    def loss(step: int) -> float:
+        return 1.0 - step / 80 if step <= 60 else min(2.0, 0.25 + ((step - 60) / 10) ** 2)  # never said to diverge
+
+    stages = [Stage("head", train="head", epochs=1, lr="find"), Stage("full", epochs=4, lr="find")]
+    finder = LRFinderPerStage()
+    # a test leaves no trace, its steps neither: the second one starts where the three steps of the first stage end
+    script: list[float | None] = [loss(step) for step in range(110)]
+    quiet_trainer([GradualUnfreeze(stages), finder]).fit(Scripted(script), numbers())
+    head, full = finder.results["head"], finder.results["full"]
+    assert (head.method, head.steps, head.answer().end) == ("valley", 3, "fall")
+    assert (full.method, full.steps, full.answer().end) == ("below_rise", 12, "rise")
+    # half a unit above the lowest is passed at loss 67 or 68
+    assert 10 ** (-6 + 6 * 63 / 99) < full.answer().rise < 10 ** (-6 + 6 * 66 / 99)  # type: ignore[operator]
+    assert full.suggestion == pytest.approx(full.answer().rise / (105 / 12 ** (2 / 3)))  # type: ignore[operator]
+    assert full.answer("valley").end == "fall"
+    asked = LRFinderPerStage(method="minimum/10")
+    quiet_trainer([GradualUnfreeze(stages), asked]).fit(Scripted(script), numbers())
+    assert asked.results["full"].suggestion == full.suggestions()["minimum/10"]
 
 
 @pytest.mark.filterwarnings("ignore:stage .* no signal")

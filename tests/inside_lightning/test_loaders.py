@@ -12,8 +12,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import CombinedLoader
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, default_collate
 
+from lightning_unfreeze.data.loaders import EpochSampler, KeyedDataset, ResumableLoader
 from lightning_unfreeze.inside_lightning.loaders import (
     fresh_batches,
     own_batch_sampler,
@@ -211,6 +212,35 @@ def test_fresh_batches__leave_out_what_lightning_skips() -> None:
     assert [(batch.tolist(), index) for batch, index in drawn] == [([0, 1], 0), ([4, 5], 2)] * 2
     with pytest.raises(MisconfigurationException, match="gives no batch"):
         seen_by(DataLoader(torch.full((4,), 3), batch_size=2, collate_fn=lambda _: None), 1)  # type: ignore[arg-type]
+
+
+class Noisy(Dataset[Any]):
+    """Ten samples, each drawn with noise of its own."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return index + torch.rand(())
+
+    def __len__(self) -> int:
+        return 10
+
+
+def test_fresh_batches__each_pass_is_another_epoch() -> None:
+    def data() -> ResumableLoader:
+        keyed = KeyedDataset(Noisy(), seed=3)
+        return ResumableLoader(keyed, batch_size=5, sampler=EpochSampler(keyed, seed=3))
+
+    plain, _ = seen_by(data(), 0, epochs=3)
+    same, drawn = seen_by(data(), 6, epochs=3)
+    assert same == plain
+    # six batches are three passes: those of the present epoch and of the next ones, as training will see them
+    assert [batch.tolist() for batch, _ in drawn[0]] == plain
+    assert len({tuple(batch) for batch in plain}) == 6
+    # by batch sampler, told through the loader's `batch_sampler.sampler`
+    sampler = DistributedSampler(range(10), num_replicas=1, rank=0, seed=1)  # type: ignore[arg-type]
+    _, drawn = seen_by(DataLoader(range(10), batch_sampler=BatchSampler(sampler, 5, False)), 4)  # type: ignore[arg-type]
+    orders = [batch.tolist() for batch, _ in drawn[0]]
+    assert orders[0] + orders[1] != orders[2] + orders[3]
+    assert sorted(orders[0] + orders[1]) == sorted(orders[2] + orders[3]) == list(range(10))
 
 
 def test_fresh_batches__combine_as_in_training() -> None:

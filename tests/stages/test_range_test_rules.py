@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lightning_unfreeze.stages.range_test_rules import (
+    below_rise,
     debiased_ema,
     diverged,
     exponential_ramp,
@@ -257,6 +258,32 @@ def test_rise_start__is_the_last_time_that_the_loss_is_low() -> None:
     assert rise_start(lrs, step[::-1].copy()) is None
     assert rise_start(lrs, np.ones(61)) is None
     assert rise_start(lrs[:4], [1, 2, 3, 4]) is None
+
+
+def test_rise_start__a_small_rise_is_not_clear_where_a_large_one_follows() -> None:
+    lrs = np.geomspace(1e-6, 1, 61)
+    step = np.select([np.arange(61) < 30, np.arange(61) < 50], [1.0, 1.2], 3.0)
+    assert rise_start(lrs, step) == pytest.approx(lrs[30])
+    assert rise_start(lrs, step, clear=0.5) == pytest.approx(lrs[50])
+    assert rise_start(lrs[:45], step[:45], clear=0.5) == pytest.approx(lrs[30])  # nothing larger is there
+
+
+@pytest.mark.parametrize(
+    ("steps", "part"),
+    [(None, 20), (1, 105), (8, 105 / 4), (64, 105 / 16), (125, 105 / 25), (216, 3), (10**6, 3)],
+)
+def test_below_rise__the_more_steps_are_left_the_nearer(steps, part) -> None:
+    assert below_rise(0.6, steps) == pytest.approx(0.6 / part)
+
+
+def test_read_curve__below_the_rise_whatever_it_did_before() -> None:
+    lrs, losses = bowl()
+    fall, rise = read_curve(lrs, losses), read_curve(lrs, losses, "below_rise", steps=64)
+    assert fall.end == "fall" and rise.end == "rise" and rise.rise == fall.rise
+    assert rise.rate == pytest.approx(rise.rise * 16 / 105)  # type: ignore[operator]
+    falling = losses[: int(losses.argmin())]
+    never = read_curve(lrs[: len(falling)], falling, "below_rise")
+    assert never.end == "fall" and never.rate == read_curve(lrs[: len(falling)], falling, "valley").rate
 
 
 @pytest.mark.parametrize("method", METHODS)
