@@ -150,9 +150,9 @@ def below_rise(rise: float, steps: int | None = None) -> float:
     """The rate to train with, given the one at which a range test starts to destroy what was learnt.
 
     A high rate costs first and pays later: what it destroys has to be learnt again. How far below the rise the best
-    rate lies therefore depends on the steps that are left, measured: a twentieth for twelve steps, a sixth for seventy,
-    a third for two hundred and more (`benchmarks/results/finder.md`; that few steps prefer low rates is the short-horizon
-    bias of Wu et al. 2018).
+    rate lies therefore depends on the steps that are left. Measured: a twentieth for twelve steps, a sixth for seventy,
+    a third for two hundred and more (`benchmarks/results/finder.md`). That few steps prefer low rates is the
+    short-horizon bias of Wu et al. 2018.
 
     Args:
         rise: Rate at which the loss starts to rise.
