@@ -163,7 +163,7 @@ def below_rise(rise: float, steps: int | None = None) -> float:
     """
     if steps is None:
         return rise / _BELOW_RISE
-    return rise / max(_LEAST_BELOW_RISE, _BELOW_RISE_AT_ONE_STEP / float(max(1, steps)) ** (2 / 3))
+    return float(rise / max(_LEAST_BELOW_RISE, _BELOW_RISE_AT_ONE_STEP / max(1, steps) ** (2 / 3)))
 
 
 def read_curve(
