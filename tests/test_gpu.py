@@ -20,7 +20,7 @@ from lightning_unfreeze.callbacks.tta import TTAEval
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.data.loaders import EpochSampler, KeyedDataset, ResumableLoader
 from lightning_unfreeze.stages.plan import Stage
-from tests.zoo import UserModule, loader, quiet_trainer, random_images, same_weights, weights_of
+from tests.zoo import Does, UserModule, loader, quiet_trainer, random_images, same_weights, weights_of
 
 CUDA, MPS = torch.cuda.is_available(), torch.backends.mps.is_available()
 ACCELERATOR = "cuda" if CUDA else "mps"
@@ -34,12 +34,9 @@ pytestmark = [
 PRECISIONS = ["32-true", "bf16-mixed", "16-mixed"] if CUDA else ["32-true"]
 
 
-class ResNet(UserModule):
-    """Of the user's: the scaler of `16-mixed` sees finite and, now and then, infinite gradients."""
-
-    def __init__(self) -> None:
-        super().__init__(resnet18(num_classes=3))
-        del self.backbone, self.head
+def resnet() -> UserModule:
+    """The scaler of `16-mixed` sees finite and, now and then, infinite gradients."""
+    return UserModule(resnet18(num_classes=3))
 
 
 @pytest.fixture(autouse=True)
@@ -52,9 +49,9 @@ def deterministic() -> Any:
 
 def fit(
     stages: list[Stage], precision: str, *others: Callback, ckpt: Any = None, **options: Any
-) -> tuple[ResNet, pl.Trainer]:
+) -> tuple[UserModule, pl.Trainer]:
     torch.manual_seed(0)
-    module = ResNet()
+    module = resnet()
     trainer = quiet_trainer([GradualUnfreeze(stages), *others], accelerator=ACCELERATOR, precision=precision, **options)
     data = KeyedDataset(random_images(24, size_px=64), seed=0)
     train = ResumableLoader(data, batch_size=8, sampler=EpochSampler(data, seed=3))
@@ -87,7 +84,7 @@ def test_store__gives_the_weights_of_the_plain_run(precision: str, tmp_path: Pat
     assert trainer.strategy.root_device.type == ACCELERATOR
     close(plain, stored, precision)
     torch.manual_seed(0)
-    start = ResNet()
+    start = resnet()
     assert same_weights(weights_of(start), weights_of(stored)) != []
 
 
@@ -118,16 +115,15 @@ def test_recipe__runs_whole_and_resumes_where_it_was(precision: str, tmp_path: P
         Stage("full", lr="find", lr_mult=1 / 3, cycle_len=1, num_cycles=2, until="overfit"),
     ]
 
-    class Saves(Callback):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            if trainer.global_step in (2, 7):
-                trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
+    def save(trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step in (2, 7):
+            trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
 
     def players() -> list[Callback]:
         store = PrecomputeFeatures(tmp_path / "feature_store", policy="always", num_views=2)
         return [store, LRFinderPerStage(num_steps=20), CosineRestarts(), TTAEval()]
 
-    whole, trainer = fit(stages, precision, *players(), Saves())
+    whole, trainer = fit(stages, precision, *players(), Does(on_train_batch_end=save))
     assert trainer.current_epoch == 4
     for step in (2, 7):
         resumed, _ = fit(stages, precision, *players(), ckpt=tmp_path / f"{step}.ckpt")
@@ -138,9 +134,9 @@ def test_recipe__runs_whole_and_resumes_where_it_was(precision: str, tmp_path: P
 def test_tta__merges_the_views_of_the_module(precision: str) -> None:
     """Two views by hand: logits of the images and of their mirror image, mean of the log-probabilities."""
 
-    class Module(ResNet):
+    class Module(UserModule):
         def __init__(self) -> None:
-            super().__init__()
+            super().__init__(resnet18(num_classes=3))
             self.logits: list[torch.Tensor] = []
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:

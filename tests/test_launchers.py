@@ -146,14 +146,8 @@ def test_rebuild_ddp__keeps_the_users_options_in_every_stage(tmp_path: Path) -> 
 # --- sync_batchnorm --------------------------------------------------------------------------------------------------
 
 
-class TimmModule(UserModule):
-    def __init__(self, name: str) -> None:
-        super().__init__(timm.create_model(name, num_classes=3))
-        del self.backbone, self.head
-
-
 def test_sync_batchnorm__is_refused_where_torch_drops_an_activation() -> None:
-    module = TimmModule("test_efficientnet")
+    module = UserModule(timm.create_model("test_efficientnet", num_classes=3))
     trainer = quiet_trainer([GradualUnfreeze(PLAN)], strategy="ddp", devices=1, sync_batchnorm=True)
     with pytest.raises(MisconfigurationException) as error:
         trainer.fit(module, loader(random_images(8, size_px=32)))
@@ -175,7 +169,7 @@ def test_sync_batchnorm__replaced_layers_are_frozen_as_the_ones_before() -> None
     """Lightning replaces them between `setup`, where the layer groups are found, and `configure_optimizers`."""
     seen = []
 
-    class Looks(TimmModule):
+    class Looks(UserModule):
         def configure_optimizers(self) -> torch.optim.Optimizer:
             nn.SyncBatchNorm.convert_sync_batchnorm(self)  # what Lightning calls; under DDP it wants GPUs
             return super().configure_optimizers()
@@ -185,7 +179,8 @@ def test_sync_batchnorm__replaced_layers_are_frozen_as_the_ones_before() -> None
             seen.extend((type(part).__name__, part.training) for part in parts)
             return -1  # no step
 
-    module = Looks("test_resnet")  # its first layer group is a convolution and a normalisation, side by side
+    # its first layer group is a convolution and a normalisation, side by side
+    module = Looks(timm.create_model("test_resnet", num_classes=3))
     trainer = quiet_trainer([GradualUnfreeze([Stage("head", train="head", epochs=1)])])
     trainer.fit(module, loader(random_images(8, size_px=32), batch_size=4))
     assert set(seen) == {("SyncBatchNorm", False)}

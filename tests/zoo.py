@@ -40,10 +40,15 @@ class SmallNet(nn.Module):
 class UserModule(pl.LightningModule):
     """A LightningModule written without this package: its own step, AdamW with decay and no-decay groups."""
 
+    backbone: Any
+    head: Any
+
     def __init__(self, net: nn.Module | None = None, optimizer: str = "adamw") -> None:
         super().__init__()
         self.net = SmallNet() if net is None else net
-        self.backbone, self.head = getattr(self.net, "backbone", None), getattr(self.net, "head", None)
+        for name in ("backbone", "head"):
+            if hasattr(self.net, name):
+                setattr(self, name, getattr(self.net, name))
         self.optimizer = optimizer
         self.losses: list[float] = []
 

@@ -777,7 +777,7 @@ def test_precompute__what_the_features_depend_on_is_in_the_key(tmp_path, monkeyp
         if change == "labels":
             labels = labels.flip(0)
         transform = {"transform": v2.Identity(), "function": shifted}.get(change, v2.Normalize([0.0], [1.0]))
-        data: Any = Images(TensorDataset(images, labels), transform)
+        data: Any = Images(transform, TensorDataset(images, labels))
         if change in ("split", "other split"):
             data = Subset(data, list(range(16)) if change == "split" else list(range(8, 24)))
         fit(tmp_path, module, train=ordered(data), val=loader(Images(transform)), stages=plan)

@@ -162,12 +162,8 @@ def test_unfreeze__equals_a_plain_loop_bitwise(optimizer: str, accumulate: int) 
 # --- a user's module -------------------------------------------------------------------------------------------------
 
 
-class ResNetModule(pl.LightningModule):
-    """Fights: calls `train()` where it can."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = torchvision.models.resnet18(num_classes=3)
+class Fights(UserModule):
+    """Calls `train()` where it can."""
 
     def on_train_epoch_start(self) -> None:
         self.train()
@@ -175,21 +171,10 @@ class ResNetModule(pl.LightningModule):
     def on_validation_model_train(self) -> None:
         self.train()
 
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_loss", nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        decay = [p for p in self.parameters() if p.ndim > 1]
-        no_decay = [p for p in self.parameters() if p.ndim <= 1]
-        return torch.optim.AdamW([{"params": decay}, {"params": no_decay, "weight_decay": 0.0}], lr=1e-3)
-
 
 def test_unfreeze__a_resnet_of_the_user_stays_frozen_below_the_boundary() -> None:
     torch.manual_seed(0)
-    module = ResNetModule()
+    module = Fights(torchvision.models.resnet18(num_classes=3))
     start = weights_of(module)
     witness = Witness(lambda trainer, module: weights_of(module))
     plan = [Stage("head", train="head", epochs=1), Stage("top", train=3, epochs=1)]
@@ -204,13 +189,6 @@ def test_unfreeze__a_resnet_of_the_user_stays_frozen_below_the_boundary() -> Non
 
 
 def test_unfreeze__frozen_modules_are_in_eval_mode_in_every_step() -> None:
-    class Fights(UserModule):
-        def on_train_epoch_start(self) -> None:
-            self.train()
-
-        def on_validation_model_train(self) -> None:
-            self.train()
-
     witness = Witness(modes)
     plan = [Stage("head", train="head", epochs=2), Stage("full", epochs=1), Stage("stem", train=["0"], epochs=1)]
     quiet_trainer([witness, GradualUnfreeze(plan)], val_check_interval=1).fit(Fights(SmallNet()), loader(), loader())
@@ -684,7 +662,7 @@ def test_unfreeze__takes_an_iterable_dataset() -> None:
 
 def test_unfreeze__a_compiled_network_trains_as_the_plain_one() -> None:
     torch.manual_seed(0)
-    plain = ResNetModule()
+    plain = UserModule(torchvision.models.resnet18(num_classes=3))
     compiled = copy.deepcopy(plain)
     compiled.net = torch.compile(compiled.net, backend="eager")
     data = loader(random_images(8, size_px=32), batch_size=4)
