@@ -196,7 +196,7 @@ def measure(options: argparse.Namespace, name: str, backbone: str, batch: int, s
     head = network.get_classifier()
     head.reset_parameters()
     cell: dict[str, Any] = {"set": name, "backbone": backbone, "batch": batch, "seed": seed, "px": options.px}
-    cell |= {"images": len(train), "scored": len(scored), "device": str(device)}
+    cell |= {"images": len(train), "scored": len(scored), "epochs": options.epochs, "device": str(device)}
     stored, stored_scored = (features_of(network, data, device) for data in (train, scored))
     stages = {"head": (head, stored, stored_scored, 10), "full": (network, train, scored, options.epochs)}
     for stage, (start, data, judged, epochs) in stages.items():
@@ -219,10 +219,17 @@ def measure(options: argparse.Namespace, name: str, backbone: str, batch: int, s
     return cell
 
 
+def curve_of(cell: dict[str, Any], stage: str) -> RangeTest:
+    """The curve, read as `LRFinderPerStage` reads that of a stage: the full one goes on from a trained head."""
+    steps = cell.get("epochs", 2) * (cell["images"] // cell["batch"])
+    rule = ("below_rise", steps) if stage == "full" else ("valley", None)
+    return RangeTest(cell[stage]["lrs"], cell[stage]["losses"], *rule)
+
+
 def read(cell: dict[str, Any], stage: str) -> dict[str, Any]:
     """What the rules of today read off a stored curve, and what that rate is worth."""
     told = cell[stage]
-    curve = RangeTest(told["lrs"], told["losses"], "valley")
+    curve = curve_of(cell, stage)
     grid = {float(rate): value for rate, value in told["grid"].items()}
     rates = sorted(grid)
     best = max(grid, key=lambda rate: grid[rate])
@@ -245,7 +252,7 @@ def picture(cells: list[dict[str, Any]], file: Path, num: int = 6) -> None:
     """Curves of the full stage that 0.1.0 gave no rate for, with the rate that they give now."""
     found = []
     for cell in cells:
-        curve = RangeTest(cell["full"]["lrs"], cell["full"]["losses"], "valley")
+        curve = curve_of(cell, "full")
         if not answered_in_0_1_0(curve):
             found.append((f"{cell['set']}, batch {cell['batch']}", curve))
     chosen = found[:: max(1, len(found) // num)][:num]
