@@ -170,6 +170,20 @@ def test_early_stopping__that_ends_the_fit_names_the_stages_that_did_not_run(cap
     assert "EarlyStopping on 'val/loss'" in line
     assert "top, full" in line
     assert "early_stopping='stage'" in line
+    assert "stage 'head' had 3 of 5 epochs" in line
+    (start,) = [record.getMessage() for record in caplog.records if "counts through" in record.getMessage()]
+    assert "EarlyStopping on 'val/loss', patience 2, counts through all 3 stages" in start
+
+
+def test_early_stopping__in_the_last_stage_says_what_it_ended(caplog: pytest.LogCaptureFixture) -> None:
+    """The last stage is cut short too: nothing is left that did not run, and the plan was longer."""
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        trainer, _, _ = stopped_fit(early_stopping="stage")  # (5, 5, 5) of the last stage's four epochs
+    assert trainer.current_epoch == 8
+    (line,) = [record.getMessage() for record in caplog.records if "the fit ended" in record.getMessage()]
+    assert "after 8 epochs by EarlyStopping on 'val/loss'" in line
+    assert line.endswith("stage 'full' had 3 of 4 epochs")
+    assert "counts through" not in caplog.text
 
 
 # --- tools that try steps before the fit -----------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,15 @@ def test_nine_steps__take_their_numbers() -> None:
     assert [stage.num_epochs for stage in nine_steps(max_cycles=4)[0].stages] == [2, 3, 1 + 2 + 4 + 8]  # type: ignore[attr-defined]
     head = nine_steps(head_epochs=2)[0].stages[0]  # type: ignore[attr-defined]
     assert (head.solve, head.precompute, head.num_epochs, head.lr) == (False, True, 2, "find")
+
+
+@pytest.mark.parametrize("recipe", [nine_steps, functools.partial(fine_tune, 5)])
+def test_recipes__take_away_a_scheduler_and_let_early_stopping_end_a_stage(recipe: Callable[..., list[Any]]) -> None:
+    before, after = recipe()[0], recipe(scheduler="replace", early_stopping="stage")[0]
+    assert (before.scheduler, before.early_stopping) == ("error", "fit")
+    assert (after.scheduler, after.early_stopping) == ("replace", "stage")
+    with pytest.raises(ValueError, match="scheduler='keep'"):
+        recipe(scheduler="keep")
 
 
 def test_fine_tune__solves_or_trains_the_head_and_has_one_cycle() -> None:

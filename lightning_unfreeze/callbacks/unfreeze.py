@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lightning_unfreeze.callbacks.base import Conductor, StageRun, players
+from lightning_unfreeze.inside_lightning import stopping
 from lightning_unfreeze.inside_lightning.clashes import (
     refuse_clashing_callbacks,
     refuse_clashing_optimizer,
@@ -37,7 +38,6 @@ from lightning_unfreeze.inside_lightning.distributed import (
 )
 from lightning_unfreeze.inside_lightning.image_size import check_image_sizes, refuse_fixed_image_size, set_image_size
 from lightning_unfreeze.inside_lightning.resume import ResumePoint, resume_point, staged_state
-from lightning_unfreeze.inside_lightning.stopping import follow, has_stopped, start_afresh, unfollow, why_ended
 from lightning_unfreeze.inside_lightning.writers import PlanWatch
 from lightning_unfreeze.layers.groups import LayerGroup, layer_groups
 from lightning_unfreeze.layers.modes import FrozenModes
@@ -143,15 +143,16 @@ class GradualUnfreeze(Conductor):
         self._set_max_epochs(trainer)
         one_order_on_all_ranks(trainer, lambda epoch: ("order", self.progress.seed or 0, epoch))
         if self.early_stopping == "stage":
-            follow(trainer, lambda stopper: self._end_by_early_stopping(trainer, stopper))
+            stopping.follow(trainer, lambda stopper: self._end_by_early_stopping(trainer, stopper))
+        else:
+            stopping.say_what_they_end(trainer, len(self.stages))
         # a module that builds its network in `configure_model` is looked at in `on_fit_start`, when it is there
         if not is_overridden("configure_model", pl_module):
             self._find_groups(pl_module)
 
     def _check_needs(self, trainer: pl.Trainer) -> None:
         present = {base.__name__ for player in players(trainer) for base in type(player).__mro__}
-        missing = unserved(self.stages, present)
-        if missing:
+        if missing := unserved(self.stages, present):
             raise MisconfigurationException(missing)
 
     def _set_max_epochs(self, trainer: pl.Trainer) -> None:
@@ -231,8 +232,7 @@ class GradualUnfreeze(Conductor):
 
     def make_ready(self, trainer: pl.Trainer, stage: Stage) -> None:
         """Freezes and unfreezes, and wraps what trains."""
-        module = trainer.lightning_module
-        self._modes.begin(self.what_trains.freeze(module, stage, train_bn=self.train_bn))
+        self._modes.begin(self.what_trains.freeze(trainer.lightning_module, stage, train_bn=self.train_bn))
         rebuild_ddp(trainer)
         self._watch = PlanWatch(self.groups, stage.name, self.what_trains.trained(stage), self._modes)
 
@@ -306,7 +306,7 @@ class GradualUnfreeze(Conductor):
 
     def _end_by_early_stopping(self, trainer: pl.Trainer, stopper: EarlyStopping) -> None:
         """Ends the stage that an `EarlyStopping` has just stopped; the next one is judged afresh."""
-        stopped = has_stopped(stopper, trainer.current_epoch)
+        stopped = stopping.has_stopped(stopper, trainer.current_epoch)
         if stopped and self.progress.phase == "announced" and self._index + 1 < len(self.stages):
             rank_zero_info(
                 f"EarlyStopping on {stopper.monitor!r} ends stage {self.stages[self._index].name!r} after "
@@ -314,7 +314,7 @@ class GradualUnfreeze(Conductor):
             )
             self.finish_stage(trainer, trainer.lightning_module, asked_to=True, next_epoch=trainer.current_epoch + 1)
         if self.progress.phase == "idle":  # the next stage waits
-            start_afresh(stopper)
+            stopping.start_afresh(stopper)
             trainer.should_stop = trainer.should_stop and not stopped
 
     def finish_stage(
@@ -340,14 +340,15 @@ class GradualUnfreeze(Conductor):
             self._close_row(trainer, trainer.current_epoch)
         self.journal.write(trainer)
         left = [stage.name for stage in self.stages[self._index + (self.progress.phase != "idle") :]]
-        if left and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            rank_zero_info(f"{why_ended(trainer)}; stages that did not run: {', '.join(left)}")
+        if (left or stopped) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            at = self.current_run(trainer)
+            had = f"stage {at.stage.name!r} had {at.epoch(trainer) - 1} of {at.stage.num_epochs} epochs"
+            rank_zero_info(stopping.how_ended(trainer, had if stopped else "", left, self.early_stopping))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Closes the fit with one summary: which file holds which weights, and what they score."""
-        self.journal.write_summary(
-            trainer, [row for player in players(trainer) for row in player.closing_rows(trainer, pl_module)]
-        )
+        rows = [row for player in players(trainer) for row in player.closing_rows(trainer, pl_module)]
+        self.journal.write_summary(trainer, rows)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leaves Trainer and modes as they were; on Ctrl-C prints the table so far, and how to go on."""
@@ -367,7 +368,7 @@ class GradualUnfreeze(Conductor):
 
     def _let_go(self, trainer: pl.Trainer) -> None:
         clear_bar(trainer)
-        unfollow(trainer)
+        stopping.unfollow(trainer)
         own_order_on_each_rank(trainer)
         self._modes.end()
         self._watch = None

@@ -96,7 +96,7 @@ def refuse_or_replace_schedulers(trainer: pl.Trainer, what: Literal["error", "re
         raise MisconfigurationException(
             f"`configure_optimizers` returned the scheduler {names}, and the stages set the learning rates: two "
             "writers of one quantity; return the optimizer alone, or let the plan take its place by "
-            "GradualUnfreeze(scheduler='replace')"
+            "GradualUnfreeze(scheduler='replace'); nine_steps and fine_tune take scheduler='replace', too"
         )
     trainer.strategy.lr_scheduler_configs = []
     undo_scheduled_rates(trainer.optimizers[0])

@@ -9,6 +9,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.utilities import rank_zero_info
+
+_ADVICE = "early_stopping='stage' of GradualUnfreeze lets it end its stage alone"
 
 
 def early_stoppers(trainer: pl.Trainer) -> list[EarlyStopping]:
@@ -22,11 +25,20 @@ def has_stopped(stopper: EarlyStopping, epoch: int) -> bool:
     return stopper.stopped_epoch == epoch and getattr(stopper, "stopping_reason_message", "") is not None
 
 
-def why_ended(trainer: pl.Trainer) -> str:
-    """After how many epochs a fit ended before its plan, whether an `EarlyStopping` did it, and what to do then."""
+def how_ended(trainer: pl.Trainer, cut_short: str, left: list[str], early_stopping: str) -> str:
+    """Where a fit ended before its plan, whether an `EarlyStopping` did it, and what to do then.
+
+    Args:
+        trainer: After the fit.
+        cut_short: What the stage had that it ended in; empty where it ended between two stages.
+        left: The stages that did not run.
+        early_stopping: What an `EarlyStopping` ends, `"fit"` or `"stage"`.
+    """
     by = [f"EarlyStopping on {stopper.monitor!r}" for stopper in early_stoppers(trainer) if stopper.stopped_epoch]
-    advice = " (GradualUnfreeze(early_stopping='stage') lets it end its stage alone)" if by else ""
-    return f"the fit ended after {trainer.current_epoch} epochs{' by ' + ' and '.join(by) if by else ''}{advice}"
+    advice = f" ({_ADVICE})" if by and early_stopping == "fit" else ""
+    ended = f"the fit ended after {trainer.current_epoch} epochs{' by ' + ' and '.join(by) if by else ''}{advice}"
+    not_run = f"stages that did not run: {', '.join(left)}" if left else ""
+    return "; ".join(part for part in (ended, cut_short, not_run) if part)
 
 
 def start_afresh(stopper: EarlyStopping) -> None:
@@ -39,6 +51,16 @@ def start_afresh(stopper: EarlyStopping) -> None:
     fresh |= {"stopping_reason": 0, "stopping_reason_message": None}
     state = stopper.state_dict()
     stopper.load_state_dict({name: fresh.get(name, value) for name, value in state.items()})
+
+
+def say_what_they_end(trainer: pl.Trainer, num_stages: int) -> None:
+    """At the start of a plan: each `EarlyStopping` counts on from stage to stage, and what it ends is the fit."""
+    if num_stages > 1 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        for stopper in early_stoppers(trainer):
+            rank_zero_info(
+                f"EarlyStopping on {stopper.monitor!r}, patience {stopper.patience}, counts through all {num_stages} "
+                f"stages and ends the whole fit ({_ADVICE})"
+            )
 
 
 def follow(trainer: pl.Trainer, then: Callable[[EarlyStopping], None]) -> None:

@@ -24,6 +24,8 @@ def nine_steps(
     max_cycles: int = 3,
     train_bn: bool = False,
     head_epochs: int | None = None,
+    scheduler: Literal["error", "replace"] = "error",
+    early_stopping: Literal["fit", "stage"] = "fit",
 ) -> list[Callback]:
     """The callbacks of the whole recipe, for `Trainer(callbacks=nine_steps())`.
 
@@ -41,6 +43,8 @@ def nine_steps(
         train_bn: Whether pretrained BatchNorm updates its statistics in layer groups that train.
         head_epochs: None solves the head where that can be done, else trains it for two epochs; a number always trains
             it, for that long.
+        scheduler: `"replace"` takes the scheduler of `configure_optimizers` away, which is refused otherwise.
+        early_stopping: What an `EarlyStopping` of your own ends: the `"fit"`, or its `"stage"`.
 
     >>> [stage.name for stage in nine_steps()[0].stages]
     ['head_on_features', 'head_augmented', 'full']
@@ -58,7 +62,7 @@ def nine_steps(
             until="overfit" if max_cycles > 1 else None,
         ),
     ]
-    return _callbacks(stages, network, train_bn)
+    return _callbacks(stages, network, train_bn, scheduler, early_stopping)
 
 
 def fine_tune(
@@ -68,6 +72,8 @@ def fine_tune(
     head_epochs: int | None = None,
     lr: float | None = None,
     train_bn: bool = False,
+    scheduler: Literal["error", "replace"] = "error",
+    early_stopping: Literal["fit", "stage"] = "fit",
 ) -> list[Callback]:
     """The callbacks of the short recipe, for `Trainer(callbacks=fine_tune(5))`: the head, then one cycle of everything.
 
@@ -84,6 +90,8 @@ def fine_tune(
             it, for that long.
         lr: Peak rate of the last layer group in the cycle; None finds it.
         train_bn: Whether pretrained BatchNorm updates its statistics in layer groups that train.
+        scheduler: `"replace"` takes the scheduler of `configure_optimizers` away, which is refused otherwise.
+        early_stopping: What an `EarlyStopping` of your own ends: the `"fit"`, or its `"stage"`.
 
     >>> head, full = fine_tune(5)[0].stages
     >>> head.solve, full.cycle_epochs
@@ -91,7 +99,7 @@ def fine_tune(
     """
     rate: float | Literal["find"] = "find" if lr is None else lr
     full = Stage("full", lr=rate, lr_span=lr_span, cycle_len=epochs)
-    return _callbacks([_head("head", head_epochs), full], network, train_bn)
+    return _callbacks([_head("head", head_epochs), full], network, train_bn, scheduler, early_stopping)
 
 
 def _head(name: str, epochs: int | None) -> Stage:
@@ -100,9 +108,15 @@ def _head(name: str, epochs: int | None) -> Stage:
     return Stage(name, train="head", epochs=epochs, precompute=True, lr="find")
 
 
-def _callbacks(stages: list[Stage], network: str | None, train_bn: bool) -> list[Callback]:
+def _callbacks(
+    stages: list[Stage],
+    network: str | None,
+    train_bn: bool,
+    scheduler: Literal["error", "replace"],
+    early_stopping: Literal["fit", "stage"],
+) -> list[Callback]:
     return [
-        GradualUnfreeze(stages, network, train_bn=train_bn),
+        GradualUnfreeze(stages, network, train_bn=train_bn, scheduler=scheduler, early_stopping=early_stopping),
         PrecomputeFeatures(num_views=4),
         LRFinderPerStage(),
         CosineRestarts(),
