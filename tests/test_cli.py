@@ -11,6 +11,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
+import timm
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -48,6 +49,13 @@ def own_photos_arguments(folder: Path) -> list[str]:
 
 
 TINY = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_configs__name_backbones_that_have_weights(path: Path) -> None:
+    options = (yaml.safe_load(path.read_text()).get("model") or {}).get("init_args", {})
+    if options.get("pretrained", True) is True and "backbone" in options:
+        assert options["backbone"] == "digits_resnet" or timm.models.is_model_pretrained(options["backbone"])
 
 
 # all configs but those of the quickstart and the study; one of them draws its pictures
@@ -446,7 +454,8 @@ def test_predict__of_photos_needs_the_checkpoint_alone(
     main(["predict", "--ckpt_path", str(checkpoint), str(folder / "ants" / "0.jpg"), str(folder), str(tmp_path)])
     captured = capsys.readouterr()
     assert captured.out.count("ants ") == 5  # one by itself, four in the folder
-    assert "bad.jpg" in captured.err and "1 not readable" in captured.out
+    assert "bad.jpg" in captured.err and "5 photos, 1 not readable" in captured.out
+    assert "corrupt" not in captured.err, "an option that is of no use here"
     rows = [line for line in captured.out.splitlines() if ".jpg" in line]
     assert [re.search(r"(\w+) [0-9.]+%", line).group(1) == line.split("/")[-2] for line in rows] == [True] * 5  # type: ignore[union-attr]
 

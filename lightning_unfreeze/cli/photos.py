@@ -42,7 +42,8 @@ def predict_photos(arguments: Sequence[str], photos: Sequence[Path], all_probabi
             failed += 1
             continue
         shown = list(answers.items())[: None if all_probabilities else _SHOWN_CLASSES]
-        rows.append({"file": str(file), "": ", ".join(f"{name} {prob:.1%}" for name, prob in shown)})
+        rows.append({"file": str(file), "most likely": ", ".join(f"{name} {prob:.1%}" for name, prob in shown)})
     if not rows:
         raise ValueError(f"none of {len(files)} files could be read.")
-    show(table_of(rows, title=f"{len(rows)} photos" + (f", {failed} not readable" if failed else "")))
+    counted = f"{len(rows)} photo{'s' * (len(rows) != 1)}"
+    show(table_of(rows, title=counted + (f", {failed} not readable" if failed else "")))

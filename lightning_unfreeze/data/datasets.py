@@ -122,4 +122,4 @@ class ImageDataset(Dataset[tuple[torch.Tensor, Any]]):
                 others.append("not all files were looked at")
                 break
         more = f"; so are {len(others)} others: {', '.join(others)}" if others else ""
-        return f"{first}{more}: repair or remove, or set corrupt='skip'."
+        return f"{first}{more}: repair or remove, or leave out with corrupt='skip' (--data.corrupt skip)."

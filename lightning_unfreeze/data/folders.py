@@ -15,6 +15,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 
+from lightning_unfreeze.data.images import HEIC, HOW_TO_READ_HEIC
+
 ALIASES = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "dev"),
@@ -173,9 +175,9 @@ def some(names: Iterable[str], at_most: int = 5) -> str:
 
 def counted(endings: Counter[str]) -> list[str]:
     """Endings with their numbers, the most frequent first."""
-    hint = {".heic", ".heif"} & endings.keys()
+    hint = endings.keys() & {*HEIC}
     texts = [f"{number} {ending}" for ending, number in endings.most_common()]
-    return [*texts, "Pillow reads HEIC once pillow-heif is installed and registered"] if hint else texts
+    return [*texts, HOW_TO_READ_HEIC] if hint else texts
 
 
 def plain(name: str) -> str:

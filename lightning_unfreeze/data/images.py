@@ -7,6 +7,8 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +17,9 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageCms, UnidentifiedImageError
 from torchvision import tv_tensors
+
+if find_spec("pillow_heif"):  # phones' photos: Pillow has to be told of it, in every process that reads
+    import_module("pillow_heif").register_heif_opener()
 
 MAX_PIXELS = 178_956_970
 """Pillow's own limit, above which it takes a file for an attack on the memory."""
@@ -29,6 +34,9 @@ _TURN = {
     8: Image.Transpose.ROTATE_90,
 }
 """What undoes each orientation of EXIF 2.32, tag 0x0112."""
+
+HEIC = (".heic", ".heif")
+HOW_TO_READ_HEIC = "for HEIC: pip install pillow-heif"
 
 READING_VERSION = 2
 """Counts up whenever the same file becomes another picture, so that stored features of before are not taken."""
@@ -219,5 +227,5 @@ def reason_of(path: Path, error: Exception) -> str:
     if kind:
         return kind
     if isinstance(error, UnidentifiedImageError):
-        return "no image that Pillow knows"
+        return HOW_TO_READ_HEIC if path.suffix.lower() in HEIC else "no image that Pillow knows"
     return " ".join(str(error).split())[:120] or type(error).__name__

@@ -17,7 +17,14 @@ from lightning_unfreeze.data.cache import DecodedImages
 from lightning_unfreeze.data.folders import Found, Photo, Rules, find_in_folders, photos_below, readable_endings, some
 from lightning_unfreeze.data.images import MAX_PIXELS, Reading
 from lightning_unfreeze.data.labels import targets_of
-from lightning_unfreeze.data.splits import copies_across, draw_validation, line_of, refuse_torn_groups, take_listed
+from lightning_unfreeze.data.splits import (
+    copies_across,
+    copies_among,
+    draw_validation,
+    line_of,
+    refuse_torn_groups,
+    take_listed,
+)
 from lightning_unfreeze.data.tables import find_in_tables, tables_in
 from lightning_unfreeze.data.transforms import Augmentation, needed_side
 
@@ -247,7 +254,10 @@ class ImageFolderData(ClassificationData):
         elif "val" in found.splits:
             return "its own folder" if not found.from_table else "the table"
         else:
-            train, val = draw_validation(found.splits["train"], self.val_fraction, self.seed)
+            photos = found.splits["train"]
+            copies = copies_among(photos, self._bar)
+            train, val = draw_validation(photos, self.val_fraction, self.seed, copies)
+            found.remarks += [_told_of_copies([[photos[i] for i in alike] for alike in copies])] * bool(copies)
             by = "group" if self.groups else "name"
             text = f"train, drawn by {by} (val_fraction={self.val_fraction:g}, seed {self.seed})"
         found.splits = {"train": train, "val": val} | {k: v for k, v in found.splits.items() if k == "test"}
@@ -261,8 +271,8 @@ class ImageFolderData(ClassificationData):
 
     def _refusal(self, broken: dict[Path, str], num_files: int) -> MisconfigurationException:
         return MisconfigurationException(
-            f"{len(broken)} of {num_files} files cannot be read: {_listed(broken)}. Repair or remove them, or set "
-            "corrupt='skip'."
+            f"{len(broken)} of {num_files} files cannot be read: {_listed(broken)}. Repair or remove them, or leave "
+            "them out with corrupt='skip' (--data.corrupt skip)."
         )
 
     def _decoded_images(self, split: str) -> DecodedImages | None:
@@ -321,6 +331,16 @@ def _folder(path: str, argument: str) -> Path:
 
 def _listed(broken: dict[Path, str]) -> str:
     return some([f"{file} ({reason})" for file, reason in broken.items()], _SHOWN)
+
+
+def _told_of_copies(copies: list[list[Photo]]) -> str:
+    """What was found among the photos that a validation is drawn from; one photo under two labels is a mistake."""
+    differ = [alike for alike in copies if len({tuple(photo.labels) for photo in alike}) > 1]
+    others = [alike for alike in copies if alike not in differ]
+    shown = some((" = ".join(photo.name for photo in alike) for alike in [*differ, *others]), 3)
+    labels = f", {len(differ)} of them under different labels" if differ else ""
+    have = "photo has" if len(copies) == 1 else "photos have"
+    return f"{len(copies)} {have} exact copies, kept on one side{labels} ({shown})"
 
 
 def _refuse_lost_classes(found: Found) -> None:

@@ -15,12 +15,21 @@ from lightning_unfreeze.data.images import Bar, no_bar
 from lightning_unfreeze.seeding import key_to_seed
 
 
-def draw_validation(photos: Sequence[Photo], fraction: float, seed: int) -> tuple[list[Photo], list[Photo]]:
-    """Splits photos into training and validation, each by its own name.
+def draw_validation(
+    photos: Sequence[Photo], fraction: float, seed: int, copies: Sequence[Sequence[int]] = ()
+) -> tuple[list[Photo], list[Photo]]:
+    """Splits photos into training and validation, each by its own name, and exact copies together.
 
     A photo (or its group) validates if a hash of (seed, name), spread evenly over [0, 1), lies below `fraction`. So one
     more photo moves no other, and the share is met on average. A class that would have none on one side gets the photo
-    (or group) that lies nearest to the border, if it has another for the other side.
+    (or group) that lies nearest to the border, if it has another for the other side. Copies go where the first of them
+    by name goes, with their groups.
+
+    Args:
+        photos: All of them.
+        fraction: Expected share for validation.
+        seed: Of the draw.
+        copies: Places in `photos` of those that are copies of each other, see `copies_among`.
 
     Returns:
         Photos for training, photos for validation, in the order given.
@@ -28,9 +37,13 @@ def draw_validation(photos: Sequence[Photo], fraction: float, seed: int) -> tupl
     Raises:
         MisconfigurationException: For a class of a single photo.
     """
+    unit_of = [f"group {photo.group}" if photo.group else photo.name for photo in photos]
+    for alike in copies:
+        torn = {unit_of[i] for i in alike}
+        unit_of = [min(torn) if unit in torn else unit for unit in unit_of]
     units: dict[str, list[int]] = defaultdict(list)
-    for i, photo in enumerate(photos):
-        units[f"group {photo.group}" if photo.group else photo.name].append(i)
+    for i, unit in enumerate(unit_of):
+        units[unit].append(i)
     places = {name: key_to_seed("split", seed, name) / 2**63 for name in units}
     names = sorted(units, key=lambda name: (places[name], name))
     counts = {name: Counter(label for i in units[name] for label in photos[i].labels) for name in units}
@@ -123,8 +136,7 @@ def copies_across(splits: dict[str, list[Photo]], bar: Bar = no_bar) -> list[tup
             if photo.file.exists():
                 by_size[os.path.getsize(photo.file)].append((split, photo))
     alike = [group for size, group in by_size.items() if size and len({split for split, _ in group}) > 1]
-    to_read = [photo.file for group in alike for _, photo in group]
-    digests = {file: _digest(file) for file in bar(to_read, len(to_read), "looking for copies")}
+    digests = _digests([photo.file for group in alike for _, photo in group], bar)
     first: dict[bytes, tuple[str, str]] = {}
     pairs = []
     order = {split: i for i, split in enumerate(("train", "val", "test"))}
@@ -134,6 +146,33 @@ def copies_across(splits: dict[str, list[Photo]], bar: Bar = no_bar) -> list[tup
             if seen_in != split:
                 pairs.append((f"{seen_in}: {seen}", f"{split}: {photo.name}"))
     return pairs
+
+
+def copies_among(photos: Sequence[Photo], bar: Bar = no_bar) -> list[list[int]]:
+    """Places of the photos that are exact copies of each other; only files that share their size are read.
+
+    Without those that are all photos of a class, which could not validate and be trained on if they stayed together.
+    """
+    by_size: dict[int, list[int]] = defaultdict(list)
+    for i, photo in enumerate(photos):
+        by_size[os.path.getsize(photo.file) if photo.file.exists() else 0].append(i)
+    alike = [i for size, places in by_size.items() if size and len(places) > 1 for i in places]
+    digests = _digests([photos[i].file for i in alike], bar)
+    found: dict[bytes, list[int]] = defaultdict(list)
+    for i in alike:
+        found[digests[photos[i].file]].append(i)
+    total = Counter(label for photo in photos for label in photo.labels)
+    return [places for places in found.values() if len(places) > 1 and not _holds_a_class(photos, places, total)]
+
+
+def _holds_a_class(photos: Sequence[Photo], places: Sequence[int], total: Counter[str]) -> bool:
+    return any(
+        number == total[label] for label, number in Counter(label for i in places for label in photos[i].labels).items()
+    )
+
+
+def _digests(files: Sequence[Path], bar: Bar) -> dict[Path, bytes]:
+    return {file: _digest(file) for file in bar(files, len(files), "looking for copies")}
 
 
 def _digest(file: Path) -> bytes:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchvision.transforms import v2
 
-from lightning_unfreeze.data.datasets import ImageDataset
 from lightning_unfreeze.data.folders import some
 from lightning_unfreeze.data.images import Reading
 from lightning_unfreeze.data.transforms import make_transform
@@ -336,7 +335,7 @@ class TransferClassifier(pl.LightningModule):
         """
         config = self.data_config
         photo = Path(image) if isinstance(image, str) else image
-        pixels, _ = ImageDataset([photo], [None], make_transform(config), Reading(config["input_size"][0]))[0]
+        pixels = make_transform(config)(Reading(config["input_size"][0])(photo))
         was_training = self.training
         self.eval()
         with torch.inference_mode():

@@ -60,7 +60,7 @@ IN_TRAIN = ("train/a/1.jpg", "train/b/1.jpg")
         ((*IN_TRAIN, "val/1.jpg", "val/2.jpg"), r"val has no class folders, it holds 2 photos \(1.jpg, 2.jpg\)"),
         ((*IN_TRAIN, "val/notes.txt", "val/x.heic"), r"holds 1 .txt, 1 .heic"),
         ((*IN_TRAIN, "train/c/"), r"class folders without images \(c: nothing\)"),
-        ((*IN_TRAIN, "train/c/1.heic"), r"class folders without images \(c: 1 .heic, Pillow reads HEIC once"),
+        ((*IN_TRAIN, "train/c/1.heic"), r"class folders without images \(c: 1 .heic, for HEIC: pip install"),
         ((*IN_TRAIN, "val/A/1.jpg"), r"val/ .* classes that train/ lacks \(A\) \(train/ has a, in other capitals\)"),
         ((*IN_TRAIN, "val/a/1.jpg", "val/x/1.jpg"), r"classes that train/ lacks \(x\)"),
         (("a/train/1.jpg", "a/val/1.jpg", "b/train/1.jpg"), r"a holds train/, val/: the splits have to lie above"),

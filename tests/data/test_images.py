@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import importlib
+import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ import timm
 import torch
 from PIL import Image
 
+from lightning_unfreeze.data import images
 from lightning_unfreeze.data.broken import broken_among, what_is_wrong
 from lightning_unfreeze.data.datasets import ImageDataset
 from lightning_unfreeze.data.images import Reading, decode
@@ -252,3 +256,23 @@ def test_decode__turned_copies_are_classified_like_the_upright_photos(tmp_path: 
         stored.save(turned[-1], exif=exif, compress_level=0)
     accuracy = head.score(upright, labels["val"])
     assert head.score(features(decode, turned), labels["val"]) == accuracy > 0.7
+
+
+def test_heic__is_read_wherever_its_library_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pillow_heif.py").write_text(
+        "calls = 0\ndef register_heif_opener():\n    global calls\n    calls += 1\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "pillow_heif", raising=False)
+    runpy.run_path(images.__file__)  # as a process that starts with it installed
+    assert importlib.import_module("pillow_heif").calls == 1
+    monkeypatch.delitem(sys.modules, "pillow_heif")
+
+
+def test_heic__without_its_library_the_reason_says_what_to_install(tmp_path: Path) -> None:
+    if ".heic" in Image.registered_extensions():
+        pytest.skip("pillow-heif is installed")
+    path = tmp_path / "IMG_1.HEIC"
+    path.write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.raises(OSError, match=r"IMG_1\.HEIC is not readable \(for HEIC: pip install pillow-heif\)"):
+        Reading()(path)

@@ -11,7 +11,14 @@ from PIL import Image
 
 from lightning_unfreeze.data.folders import Found, Photo
 from lightning_unfreeze.data.modules import ImageFolderData
-from lightning_unfreeze.data.splits import copies_across, draw_validation, line_of, refuse_torn_groups, take_listed
+from lightning_unfreeze.data.splits import (
+    copies_across,
+    copies_among,
+    draw_validation,
+    line_of,
+    refuse_torn_groups,
+    take_listed,
+)
 
 
 def photos(counts: dict[str, int], group: Any = lambda label, i: "") -> list[Photo]:
@@ -160,3 +167,75 @@ def test_module__a_list_of_files_and_groups_by_a_pattern(tmp_path: Path) -> None
     assert sides[0] & sides[1] == set()
     with pytest.raises(MisconfigurationException, match=r"finds no group in the path of 20 photos"):
         ImageFolderData(str(root), groups="patient").setup("fit")
+
+
+def written(tmp_path: Path, contents: dict[str, bytes]) -> list[Photo]:
+    found = []
+    for name, content in contents.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        found.append(Photo(path, name, (path.parent.name,)))
+    return found
+
+
+def test_draw__exact_copies_are_never_torn_apart(tmp_path: Path) -> None:
+    every = written(tmp_path, {f"{label}/{i}.jpg": f"{label}{i // 2}".encode() for label in "ab" for i in range(60)})
+    copies = copies_among(every)
+    assert sorted(copies) == [[i, i + 1] for i in range(0, 120, 2)]
+    torn = 0
+    for seed in range(3):
+        train, val = draw_validation(every, 0.3, seed, copies)
+        assert sorted([*train, *val]) == sorted(every) and len(train) > len(val) > 0
+        assert not copies_across({"train": train, "val": val})
+        plain_train, plain_val = draw_validation(every, 0.3, seed)
+        torn += len(copies_across({"train": plain_train, "val": plain_val}))
+    assert torn > 10, "by name alone they are"
+
+
+def test_draw__copies_in_two_groups_join_the_groups() -> None:
+    every = photos({"a": 40, "b": 40}, lambda label, i: f"{label}{i // 4}")
+    copies = [[0, 79], [77, 4]]  # a0 and b9, b9 and a1
+    for seed in range(20):
+        train, val = draw_validation(every, 0.3, seed, copies)
+        refuse_torn_groups({"train": train, "val": val})
+        joined = {photo.name for photo in every if photo.group in ("a0", "b9", "a1")}
+        assert len(joined) == 12 and (joined <= names(train) or joined <= names(val))
+
+
+def test_copies_among__reads_only_what_shares_its_size(tmp_path: Path) -> None:
+    every = written(tmp_path, {"a/1": b"one", "a/2": b"two", "b/3": b"one", "b/4": b"longer", "b/5": b"", "b/6": b""})
+    read: list[Path] = []
+
+    def bar(found: Any, total: int, text: str) -> Any:
+        read.extend(found)
+        return found
+
+    assert copies_among(every, bar) == [[0, 2]]
+    assert sorted(read) == [every[i].file for i in range(3)]
+
+
+def test_copies_among__all_photos_of_a_class_can_be_split(tmp_path: Path) -> None:
+    every = written(tmp_path, {f"a/{i}": b"drawn" for i in range(5)} | {f"b/{i}": b"12"[i % 2 :] for i in range(6)})
+    copies = copies_among(every)
+    assert copies == [[5, 7, 9], [6, 8, 10]]
+    train, val = draw_validation(every, 0.2, 0, copies)
+    assert {photo.labels for photo in train} == {photo.labels for photo in val} == {("a",), ("b",)}
+
+
+def test_found__a_photo_under_two_labels_is_said_and_stays_on_one_side(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for label in ("daisy", "rose"):
+        (tmp_path / label).mkdir()
+        for i in range(12):
+            Image.fromarray(generator.integers(0, 255, (8, 8, 3), np.uint8)).save(tmp_path / label / f"{i}.png")
+    for copy in ("daisy/copy.png", "rose/copy.png"):
+        (tmp_path / copy).write_bytes((tmp_path / "daisy" / "0.png").read_bytes())
+    data = ImageFolderData(str(tmp_path))
+    data.setup("fit")
+    assert data.found is not None
+    assert "no exact copies across splits" in data.found
+    assert (
+        "1 photo has exact copies, kept on one side, 1 of them under different labels "
+        "(daisy/0.png = daisy/copy.png = rose/copy.png)" in data.found
+    )
