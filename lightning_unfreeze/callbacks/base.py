@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -291,6 +291,12 @@ def players(trainer: pl.Trainer) -> list[StageCallback]:
     """The stage callbacks of `trainer` in the order in which a stage start is announced to them."""
     found = [callback for callback in trainer.callbacks if isinstance(callback, StageCallback)]  # type: ignore[attr-defined]
     return sorted(found, key=lambda player: player.order)
+
+
+def plan_to_tell(trainer: pl.Trainer) -> list[dict[str, Any]]:
+    """The stages as a file of weights tells them; none in a fit without a plan."""
+    conducting = conductor(trainer)
+    return [asdict(stage) for stage in conducting.plan(trainer)] if conducting.current_run(trainer).planned else []
 
 
 def conductor(trainer: pl.Trainer) -> Conductor:

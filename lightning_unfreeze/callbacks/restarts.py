@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_unfreeze.callbacks.base import StageCallback, StageRun, conductor, players
+from lightning_unfreeze.callbacks.base import StageCallback, StageRun, conductor, plan_to_tell, players
 from lightning_unfreeze.inside_lightning.best_so_far import BestSoFar
 from lightning_unfreeze.inside_lightning.clashes import (
     refuse_other_optimizers,
@@ -282,7 +282,7 @@ class CosineRestarts(StageCallback):
     def _save_snapshot(self, trainer: pl.Trainer, name: str) -> None:
         path = shared_path(trainer, f"snapshots/{name}")
         if path is not None:
-            save_weights(trainer, path)
+            save_weights(trainer, path, stages=plan_to_tell(trainer))
             self.snapshots = list(dict.fromkeys([*self.snapshots, path]))
 
     # --- until a stage has had enough ------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_unfreeze.callbacks.base import StageCallback, players
+from lightning_unfreeze.callbacks.base import StageCallback, plan_to_tell, players
 from lightning_unfreeze.inside_lightning.metrics import (
     mean_over_ranks,
     pin_callback_metrics,
@@ -200,7 +200,7 @@ class BestWeights(StageCallback):
             path = folder / f"best-v{version}.ckpt"
         self.best_path = Path(trainer.strategy.broadcast(path))
         set_tensors(pl_module, tensors)
-        save_weights(trainer, self.best_path)
+        save_weights(trainer, self.best_path, stages=plan_to_tell(trainer))
         rank_zero_info(f"{told}, in {self.best_path}")
 
     def closing_rows(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[dict[str, Any]]:

@@ -113,14 +113,14 @@ def renew_last_checkpoints(trainer: pl.Trainer, *, of_step: int) -> None:
             callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
 
 
-def save_weights(trainer: pl.Trainer, path: Path) -> None:
-    """Saves the module as a checkpoint of weights alone. A collective call.
+def save_weights(trainer: pl.Trainer, path: Path, **more: Any) -> None:
+    """Saves the module as a checkpoint of weights alone, with what else it should tell. A collective call.
 
     The file loads with `weights_only=True`: hyperparameters that are more than plain values (a `Path`, an `Enum`, a
     class) are left out, and said. `Trainer.save_checkpoint` has no way to leave anything out, so this goes through the
     connector behind it; guarded by `test_weights__files_load_whatever_the_hyperparameters_are` (Lightning 2.6).
     """
-    checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
+    checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=True) | more
     left_out = sorted(key for key, value in checkpoint.items() if key != "state_dict" and not _loads(value))
     for key in left_out:
         del checkpoint[key]

@@ -66,8 +66,13 @@ def model_card(checkpoint: Mapping[str, Any], judged: Judged, split: str, name: 
 
 
 def _plan_of(checkpoint: Mapping[str, Any]) -> list[str]:
-    states = checkpoint.get("callbacks") or {}
-    plan = next((state["plan"] for state in states.values() if isinstance(state, dict) and "plan" in state), None)
+    states = checkpoint.get("callbacks")
+    plan = checkpoint.get("stages")  # of a file of weights alone
+    if plan is None and states is None:
+        return ["Not known: the file holds weights alone."]
+    plan = plan or next(
+        (state["plan"] for state in (states or {}).values() if isinstance(state, dict) and "plan" in state), None
+    )
     if not plan:
         return ["Without stages."]
     keys = [key for key in _OF_THE_PLAN if any(stage.get(key) not in (None, False) for stage in plan)]

@@ -79,7 +79,9 @@ def test_best_weights__rows_are_those_of_weights_averaged_by_hand(tmp_path: Path
     assert rows == pytest.approx(best.scores)
     assert (tmp_path / "best.ckpt").read_text() == "of the user's"
     assert best.best_path == tmp_path / "best-v1.ckpt"
-    kept = torch.load(best.best_path, weights_only=True)["state_dict"]
+    file = torch.load(best.best_path, weights_only=True)
+    assert [stage["name"] for stage in file["stages"]] == [stage.name for stage in PLAN], "for the model card"
+    kept = file["state_dict"]
     assert loss_of(kept) == pytest.approx(min(best.scores.values()), rel=1e-5)
     assert loss_of(kept) <= loss_of(ends[2]) * (1 + 1e-6)
     assert same_weights(weights_of(module), ends[2]) == [], "the module is what the fit left"

@@ -142,3 +142,8 @@ def test_model_card__says_plan_versions_scores_and_limits() -> None:
     for part in ("# resnet18, 4 classes", "(3, 64, 64)", "| head | head | 0.01 |", "| torch | 2.6.0 |", "## Limits"):
         assert part in card
     assert "Fewer than 30 test images have" in card
+    weights_alone = {"stages": checkpoint["callbacks"]["GradualUnfreeze"]["plan"]}  # type: ignore[index]
+    assert "| head | head | 0.01 |" in model_card(weights_alone, judged(), "test", "best.ckpt")
+    assert "Without stages." in model_card({"stages": []}, judged(), "test", "best.ckpt")
+    assert "Without stages." in model_card({"callbacks": {}}, judged(), "test", "epoch.ckpt")
+    assert "Not known: the file holds weights alone." in model_card({}, judged(), "test", "other.ckpt")
