@@ -26,13 +26,20 @@ def main(arguments: Sequence[str]) -> None:
     """Writes `rank.csv`, `rank.png` and one JSON file a backbone, and prints the table; goes on where it was."""
     options = _options(arguments[1:])
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # a broken photo is no reason not to compare; it is named, and `fit` will ask what to do about it
+    photos = ImageFolderData(
+        str(options.data), options.batch_size, options.image_size_px, num_workers=options.workers, corrupt="skip"
+    )
+    photos.setup("fit")
     ranked = []
     for backbone, weights in _asked_for(options.backbones):
-        settings = {"data": str(options.data.resolve()), "image_size_px": options.image_size_px}
+        size = options.image_size_px
+        settings = {"data": str(options.data.resolve()), "found": photos.found, "image_size_px": size}
         file = options.out / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', backbone)}.json"
         kept = json.loads(file.read_text()) if file.is_file() else {}
         if kept.get("settings") != settings:
-            row = _rank(options, backbone, weights, device)
+            module = TransferClassifier(backbone, photos.num_classes, pretrained=weights)
+            row = rank_backbone(backbone, module, photos.prepared_for(module.data_config), device)
             kept = {"settings": settings, "row": asdict(row)}
             write_whole(file, json.dumps(kept))
         ranked.append(Ranked(**kept["row"]))
@@ -42,22 +49,6 @@ def main(arguments: Sequence[str]) -> None:
     held_out = ranked[0].held_out
     show(table_of([_shown(row) for row in ranked], title=f"a solved head on each backbone, {held_out} held-out images"))
     show(f"rank.csv and rank.png: {options.out}; nothing was fine-tuned, and intervals that overlap are no order")
-
-
-def _rank(options: argparse.Namespace, backbone: str, weights: bool | str, device: torch.device) -> Ranked:
-    folder = str(options.data)
-    found = ImageFolderData(folder)
-    found.setup("fit")
-    module = TransferClassifier(backbone, found.num_classes, pretrained=weights)
-    data = ImageFolderData(
-        folder,
-        batch_size=options.batch_size,
-        image_size_px=options.image_size_px,
-        data_config=module.data_config,
-        num_workers=options.workers,
-    )
-    data.setup("fit")
-    return rank_backbone(backbone, module, data, device)
 
 
 def _asked_for(words: Sequence[str]) -> list[tuple[str, bool | str]]:

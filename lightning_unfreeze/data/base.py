@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -137,6 +138,12 @@ class ClassificationData(pl.LightningDataModule):
     def in_chans(self) -> int:
         """Channels of the images."""
         return int(self.data_config["input_size"][0])
+
+    def prepared_for(self, data_config: dict[str, Any]) -> ClassificationData:
+        """The same images for another network: a copy with its size and normalisation, after `setup`."""
+        copied = copy.copy(self)
+        copied._given_config = data_config
+        return copied
 
     def set_image_size(self, px: int | None, batch_size: int | None = None) -> None:
         """Side of the square input, and images per batch, of the loaders that are asked for from now on.

@@ -96,6 +96,22 @@ def test_cli__rank_takes_files_and_goes_on_where_it_was(
     assert json.loads((out / "test_resnet.json").read_text())["row"]["seconds"] < 1000  # other images: done again
 
 
+def test_cli__rank_leaves_broken_photos_out_and_looks_again_at_other_photos(
+    photos: Path, weights: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (photos / "train" / "red" / "cut.png").write_bytes((photos / "train" / "red" / "0.png").read_bytes()[:90])
+    options = [f"--data={photos}", f"--out={tmp_path / 'rank'}", "--image_size_px=32", "--device=cpu"]
+    with pytest.warns(UserWarning, match=r"Skipped 1 of 91 files that are no images: .*cut\.png"):
+        main(["rank", "--backbones", *weights, *options])
+    assert sum("photos: 36 train" in line for line in caplog.messages) == 1, "said once, not for each backbone"
+    kept = tmp_path / "rank" / "test_resnet.json"
+    first = json.loads(kept.read_text())
+    (photos / "train" / "red" / "cut.png").unlink()
+    (photos / "test" / "red" / "0.png").unlink()
+    main(["rank", "--backbones", weights[0], *options])
+    assert (first["row"]["held_out"], json.loads(kept.read_text())["row"]["held_out"]) == (30, 29)
+
+
 @pytest.mark.parametrize(
     ("word", "says"), [("no_such_*", "timm has no pretrained model"), ("test_resne", "test_resne"), ("FILE", "NAME=")]
 )
