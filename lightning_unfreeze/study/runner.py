@@ -291,8 +291,12 @@ class Study:
         keep = [REFERENCE, skip_arm(self.match)]
         jobs = self.workers.count
         order = {name: seconds[name] for name in sorted(arms, key=lambda name: name not in keep)}
-        budget = math.inf if self.budget_seconds is None else jobs * self.budget_seconds
-        fit = fit_budget(order, tuning, budget, len(self.seeds), keep)
+        budget, num_seeds = math.inf if self.budget_seconds is None else jobs * self.budget_seconds, len(self.seeds)
+        before = None if self.budget_seconds is None else stored_study(self.out)
+        if before is not None and before.info.planned_seeds:  # the first start chose, by the time that it measured
+            order = {name: order[name] for name in order if name in before.info.arms}
+            budget, num_seeds = math.inf, len(before.info.planned_seeds)
+        fit = fit_budget(order, tuning, budget, num_seeds, keep)
         names = [name for name in arms if name in fit.arms]
         rows = [
             {

@@ -536,6 +536,15 @@ def test_plan__counts_runs_and_trains_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize(("n_test", "margin", "said"), [(26, 1.0, True), (10_000, 1.0, False), (26, 19.0, False)])
+def test_plan__says_where_the_test_images_are_too_few(tmp_path: Path, n_test: int, margin: float, said: bool) -> None:
+    plan = study(tmp_path / "none").plan()
+    plan = dataclasses.replace(plan, info=dataclasses.replace(plan.info, n_test=n_test, margin=margin))
+    # 2.927 x sqrt(.1 / 26) = 18.15 points; 26 x 18.15**2 = 8563 images
+    told = "about 8600 test images could, and these ±19 pt"
+    assert (told in " ".join(plan.sentences())) == said == ("cannot be counted on" in " ".join(plan.sentences()))
+
+
 SECONDS = {"full9": 10.0, "skip34@flops": 10.0, "uniform": 10.0, "gradual": 20.0}
 
 
@@ -578,7 +587,9 @@ def test_budget__of_a_resumed_study_is_that_of_its_start(
         (tmp_path / name).write_bytes((finished.out / name).read_bytes())
     monkeypatch.setattr(workers, "execute", lambda *_: pytest.fail("there is nothing to run"))
     monkeypatch.setattr(Study, "report", lambda self: None)
-    study(tmp_path, seeds=9, budget="10h").run()
+    again = study(tmp_path, seeds=9, budget="10h")
+    assert again.plan().seeds == (0, 1), "the plan says what will be run"
+    again.run()
     assert load_study(tmp_path).info.planned_seeds == (0, 1)
 
 

@@ -201,6 +201,14 @@ def test_image_standard_error__table(n_test: int, row: tuple[float, ...]) -> Non
     assert got == pytest.approx(row, abs=0.0051)
 
 
+@pytest.mark.parametrize(("n_test", "margin"), [(26, 18.15), (1000, 2.93), (8600, 0.998)])
+def test_smallest_margin__is_where_many_seeds_reach_the_power(n_test: int, margin: float) -> None:
+    error = s.image_standard_error(0.1, n_test)
+    assert s.smallest_margin(error) == pytest.approx(margin, abs=0.006)
+    images_alone = s.Effect(0.0, 2, 1e-9, error**2)
+    assert s.power_to_equate(images_alone, s.smallest_margin(error), 1000) == pytest.approx(0.8, abs=1e-3)
+
+
 # --- power ------------------------------------------------------------------------------------------------------------
 
 

@@ -79,6 +79,13 @@ class StudyPlan:
             f"{self.info.n_test} test images leave up to {error:.2f} pt of standard error on new images where two arms "
             "disagree on a tenth of them; no number of seeds removes that.",
         ]
+        widest = st.smallest_margin(error)
+        if widest > self.info.margin:
+            enough = float(f"{self.info.n_test * (widest / self.info.margin) ** 2:.2g}")
+            found.append(
+                f"So they cannot be counted on to show equality within ±{self.info.margin:g} pt, however long the "
+                f"study: about {enough:.0f} test images could, and these ±{math.ceil(widest)} pt (--margin)."
+            )
         if self.info.overlap is not None and self.info.overlap > 0:
             found.append(
                 f"Two seeds share {self.info.overlap:.0%} of their training images: the verdict is for other seeds "

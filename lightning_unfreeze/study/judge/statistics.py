@@ -415,6 +415,18 @@ def image_standard_error(disagreement: float, n_test: int) -> float:
     return 100 * math.sqrt(disagreement / n_test)
 
 
+def smallest_margin(error: float, alpha: float = ALPHA, power: float = 0.8) -> float:
+    """Return the least margin within which equal arms are shown equal with that power, by any number of seeds.
+
+    Two one-sided tests of a difference whose standard error (points) is what the test images leave:
+    ``(z(1 - alpha) + z((1 + power) / 2)) * error``.
+
+    >>> round(smallest_margin(1.0), 2)
+    2.93
+    """
+    return float(stats.norm.ppf(1 - alpha) + stats.norm.ppf((1 + power) / 2)) * error
+
+
 def _half_widths(effect: Effect, seeds: int, quantile: float) -> tuple[Array, float]:
     """Return equally likely half widths of the interval in standard errors, and the standard error."""
     part, images = effect.seed_variance / seeds, effect.image_variance

@@ -196,5 +196,6 @@ def _quiet() -> Iterator[None]:
 _EXPECTED_WARNINGS: Sequence[str] = (
     r"The '\w+_dataloader' does not have many workers",
     r".*smaller than the logging interval",
+    r"Skipped \d+ of \d+ files that are no images",  # said once, before the runs
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 on torch 2.15
 )
