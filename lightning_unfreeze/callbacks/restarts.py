@@ -341,8 +341,9 @@ class CosineRestarts(StageCallback):
         best, judge = self._best, self._judge
         if judge is None or judge.concluded or self.run is None:
             return
-        judge.concluded = True
-        if best.kept is None or judge.best is None or not best.put_back(trainer, pl_module, judge.best):
+        went = best.kept is not None and judge.best is not None and best.put_back(trainer, pl_module, judge.best)
+        judge.concluded = True  # not before: what is saved on the way goes on with going back
+        if not went or best.kept is None:
             return
         what = "is the model that it started from, as the stage made none better"
         if best.kept.step != self.run.start_step:

@@ -15,6 +15,7 @@ from lightning_unfreeze.inside_lightning.weights import (
     keep_weights,
     put_weights_back,
     renew_last_checkpoints,
+    save_what_is_left,
 )
 
 
@@ -67,6 +68,7 @@ class BestSoFar:
         """Puts the best in force, and its metrics where callbacks read; whether it was not in force already."""
         if self.kept is None or self.kept.step == trainer.global_step:
             return False
+        save_what_is_left(trainer, pl_module)
         put_weights_back(trainer, pl_module, self.kept)
         pin_callback_metrics(trainer, self.kept.scores)
         self.value, self.value_step = value, trainer.global_step

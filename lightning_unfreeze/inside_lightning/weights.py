@@ -98,6 +98,22 @@ def average_of(trainer: pl.Trainer) -> nn.Module | None:
     return None
 
 
+def save_what_is_left(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Has each `ModelCheckpoint` look at weights that the fit is about to leave: they may be the best of its monitor.
+
+    For the end of a validation, of what that logged: a training metric is not known yet. Their own turn comes when the
+    weights are others. The names have no public form; guarded by
+    `test_until__a_checkpoint_holds_the_weights_that_its_score_belongs_to` (Lightning 2.6). A collective call.
+    """
+    if not trainer.validating:
+        return
+    logged = trainer._logger_connector.metrics["callback"]
+    for saver in trainer.checkpoint_callbacks:
+        if isinstance(saver, ModelCheckpoint) and saver.monitor in logged:
+            saver.on_validation_end(trainer, pl_module)  # does nothing for one that saves at the end of the epoch,
+            saver.on_train_epoch_end(trainer, pl_module)  # and this nothing for one that does not
+
+
 def renew_last_checkpoints(trainer: pl.Trainer, *, of_step: int) -> None:
     """Has `last.ckpt` written anew where it holds weights between `of_step`, which the fit went back to, and its end.
 

@@ -556,11 +556,47 @@ def test_until__a_checkpoint_holds_the_weights_that_its_score_belongs_to(
     assert float(trainer.callback_metrics["val_acc"]) == pytest.approx(0.8)
     best = torch.load(saver.best_model_path, weights_only=True)["state_dict"]
     belongs, score = ends[1], {"val_loss": 0.4, "val_acc": 0.8, "train_loss": 0.9, None: None}[monitor]
-    if monitor == "val_acc" and per_epoch == 2 and not on_train_epoch_end:  # inside the third epoch
-        belongs, score = keeps.weights[4], 0.85
+    if monitor == "val_acc":  # its best is what the fit goes back from
+        belongs, score = ends[2], 0.9
     assert same_weights(best, belongs) == []
     if score is not None:
         assert float(saver.best_model_score) == pytest.approx(score)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("on_train_epoch_end", [None, False])
+@pytest.mark.parametrize("until", ["overfit", "plateau"])
+@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:The dirpath has changed")
+def test_until__a_run_goes_on_from_the_checkpoint_of_weights_that_it_left(
+    tmp_path: Path, until: Any, on_train_epoch_end: bool | None
+) -> None:
+    """The accuracy of the third epoch is the best, and its loss is not: its weights are saved, then left."""
+
+    class Both(Line):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            epoch = self.current_epoch
+            self.log_dict({"val_loss": [0.5, 0.4, 0.6, 0.7][epoch], "val_acc": [0.7, 0.8, 0.9, 0.1][epoch]})
+
+    options: dict[str, Any] = (
+        {"cycle_len": 1, "num_cycles": 4} if until == "overfit" else {"epochs": 4, "patience_epochs": 1}
+    )
+    plan = [Stage("a", lr=0.1, until=until, **options), Stage("b", lr=0.01, epochs=1)]
+
+    def run(folder: str, ckpt: str | None = None) -> tuple[Both, ModelCheckpoint, KeepsAll]:
+        module, keeps = Both(), KeepsAll()
+        saver = ModelCheckpoint(
+            tmp_path / folder, monitor="val_acc", mode="max", save_on_train_epoch_end=on_train_epoch_end
+        )
+        trainer = quiet_trainer([GradualUnfreeze(plan), CosineRestarts(), keeps, saver], enable_checkpointing=True)
+        trainer.fit(module, points(4), points(1), ckpt_path=ckpt)
+        return module, saver, keeps
+
+    whole, saver, keeps = run("whole")
+    assert float(saver.best_model_score) == pytest.approx(0.9)  # type: ignore[arg-type]
+    saved = torch.load(saver.best_model_path, weights_only=True)["state_dict"]
+    assert same_weights(saved, keeps.weights[2]) == []
+    again, _, _ = run("again", saver.best_model_path)
+    assert same_weights(weights_of(whole), weights_of(again)) == []
+    assert same_weights(weights_of(again), keeps.weights[2]) != []
 
 
 def test_until__a_stage_that_made_nothing_better_gives_back_what_it_started_from(caplog: Any) -> None:
