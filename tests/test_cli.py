@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 import subprocess
 import sys
@@ -420,6 +421,42 @@ def test_stage_option__changes_one_stage_alone(capsys: pytest.CaptureFixture[str
     before, after = epochs_of(), epochs_of("--stage.head_augmented.num_cycles", "7", "--stage.full.lr=2e-3")
     assert {name for name in before if before[name] != after[name]} == {"head_augmented"}
     assert after["head_augmented"] == "7"
+
+
+OWN_SCRIPT = """
+import lightning.pytorch as pl
+from lightning_unfreeze import DigitsData, TransferClassifier
+from lightning_unfreeze.cli.parser import StagedCLI
+
+class Mine(TransferClassifier):
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__("digits_resnet", num_classes)
+
+if __name__ == "__main__":
+    cli = StagedCLI(Mine, DigitsData, run=False)
+    print([(stage.name, stage.num_epochs, stage.lr) for stage in cli.trainer.callbacks[0].stages])
+"""
+
+
+def test_stage_option__changes_a_stage_of_a_cli_of_ones_own(tmp_path: Path) -> None:
+    """In a process of its own: the line is that of the process, and no warning is allowed."""
+    (tmp_path / "own.py").write_text(OWN_SCRIPT)
+    stages = [{"name": "head", "train": "head", "epochs": 2, "lr": 0.01}, {"name": "full", "epochs": 3, "lr": 0.003}]
+    plan = {"class_path": "lightning_unfreeze.GradualUnfreeze", "init_args": {"stages": stages}}
+    options = {"logger": False, "accelerator": "cpu", "max_epochs": -1, "callbacks": [plan]}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"model": {"num_classes": 10}, "trainer": options}))
+    line = ["own.py", "--config", "own.yaml", "--stage.full.lr", "1e-4", "--stage.head.epochs=5"]
+    ran = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:lightning.pytorch.cli", *line],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(CONFIGS.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.stdout.strip().splitlines()[-1] == "[('head', 5, 0.01), ('full', 3, 0.0001)]"
+    assert "args parameter" not in ran.stderr
 
 
 @pytest.fixture(scope="module")

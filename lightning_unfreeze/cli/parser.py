@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
 
 import lightning_unfreeze
@@ -18,7 +19,7 @@ from lightning_unfreeze.callbacks.error_report import ErrorReport
 from lightning_unfreeze.callbacks.predictions import PredictionsCSV
 from lightning_unfreeze.callbacks.tta import TTAEval
 from lightning_unfreeze.cli.errors import cause
-from lightning_unfreeze.cli.options import change_stages, take_stage_options
+from lightning_unfreeze.cli.options import StageOptions, change_stages, take_stage_options
 from lightning_unfreeze.module import TransferClassifier
 
 for _name in lightning_unfreeze.__all__:  # the parser knows a short class name once its class is loaded
@@ -34,8 +35,37 @@ class OneLineParser(LightningArgumentParser):
         sys.exit(2)
 
 
-class UnfreezeCLI(LightningCLI):
-    """LightningCLI for any LightningModule and LightningDataModule; the plan sets the number of epochs."""
+class StagedCLI(LightningCLI):
+    """LightningCLI for a script of your own, with `--stage.NAME.OPTION VALUE` for the stages of its `GradualUnfreeze`.
+
+    Its arguments are those of LightningCLI: `StagedCLI(MyModule, MyDataModule)` is the whole script, and
+    `python script.py fit --config config.yaml --stage.full.lr 1e-4` changes the stage `full` of the config alone.
+    """
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Takes the options of stages out of the command line; LightningCLI parses the rest."""
+        self._stage_options: StageOptions = {}
+        if isinstance(args, dict | Namespace):  # a config, which has the stages themselves
+            super().parse_arguments(parser, args)
+            return
+        line = list(sys.argv[1:] if args is None else args)
+        self._stage_options = take_stage_options(line)
+        if args is None:
+            self.config = parser.parse_args(line)  # LightningCLI would warn of a line beside that of the process
+        else:
+            super().parse_arguments(parser, line)
+
+    def before_instantiate_classes(self) -> None:
+        """Changes single stages, as the command line says."""
+        if self._stage_options:
+            change_stages(self._value(self.config, "trainer").callbacks, self._stage_options)
+
+    def _value(self, config: Any, key: str) -> Any:
+        return config.get(str(self.subcommand), config).get(key)
+
+
+class UnfreezeCLI(StagedCLI):
+    """StagedCLI for any LightningModule and LightningDataModule; the plan sets the number of epochs."""
 
     def __init__(
         self,
@@ -44,8 +74,6 @@ class UnfreezeCLI(LightningCLI):
         all_probabilities: bool = False,
         explains: bool = False,
     ) -> None:
-        left = list(args)
-        self._stage_options = take_stage_options(left)
         self._explains, self._all_probabilities = explains, all_probabilities
         super().__init__(
             pl.LightningModule,
@@ -61,17 +89,9 @@ class UnfreezeCLI(LightningCLI):
             parser_class=OneLineParser,
             # the module's own `configure_optimizers` decides; a scheduler beside the stages would fight them
             auto_configure_optimizers=False,
-            args=left,
+            args=list(args),
             run=run,
         )
-
-    def before_instantiate_classes(self) -> None:
-        """Changes single stages, as the command line says."""
-        if self._stage_options:
-            change_stages(self._value(self.config, "trainer").callbacks, self._stage_options)
-
-    def _value(self, config: Any, key: str) -> Any:
-        return config.get(str(self.subcommand), config).get(key)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The Trainer of the config.
