@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import logging
 import math
+import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -255,8 +258,33 @@ def test_interrupt__writes_the_table_and_says_how_to_go_on(
     assert "stage 'full'" in line
     command = f"lightning-unfreeze fit -c 'my plan.yaml' --ckpt_path {file}"
     assert (command if from_the_command_line else f"ckpt_path={str(file)!r}") in line
+    assert re.search(r"\(written \d+ s ago; ModelCheckpoint\(save_on_exception=True\)", line)
     rows = list(csv.DictReader((tmp_path / "stages.csv").read_text().splitlines()))
     assert [row["stage"] for row in rows] == ["features", "full"]
+
+
+def test_interrupt__says_how_old_the_checkpoint_is_that_a_monitor_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing was better after the first epoch, so `last.ckpt` is of that one: what came since is done again."""
+
+    class Ages(Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            if trainer.current_epoch == 2:
+                at = time.time() - 1000
+                os.utime(tmp_path / "last.ckpt", (at, at))
+                os.utime(saver.best_model_path, (at, at))
+
+    before = signal.getsignal(signal.SIGINT)
+    saver = ModelCheckpoint(tmp_path, monitor="val_acc", mode="max", save_last=True)
+    plan = GradualUnfreeze([Stage("full", epochs=5)])
+    trainer = quiet_trainer([plan, saver, Ages(), Raises(8, KeyboardInterrupt())], enable_checkpointing=True)
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"), pytest.raises(SystemExit):
+        trainer.fit(LogsByEpoch([0.9, 0.5], "val_acc"), keyed_loader(), loader(random_images(8, seed=1)))
+    signal.signal(signal.SIGINT, before)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"] == 0
+    (age,) = re.findall(r"last.ckpt'\) \(written (\d+) s ago", caplog.text)
+    assert 1000 <= int(age) < 1200
 
 
 def test_interrupt__without_a_checkpoint_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -327,6 +355,19 @@ def test_summary__says_which_file_holds_what(tmp_path: Path, capsys: pytest.Capt
         assert part in said
     for part in ("last checkpoint", "before over-fitting", "kept.ckpt"):
         assert part in said
+
+
+def test_summary__after_going_back_the_score_is_that_of_the_weights_in_memory(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """0.4 is the best; the fit ends after the epoch that scored 0.7, and leaves the weights of the one before."""
+    plan = GradualUnfreeze([Stage("full", lr=0.1, cycle_len=1, num_cycles=4, until="overfit")])
+    trainer = quiet_trainer([plan, CosineRestarts()], enable_progress_bar=True)
+    trainer.fit(LogsByEpoch([0.5, 0.4, 0.7]), keyed_loader(), loader(random_images(8, seed=1)))
+    assert trainer.current_epoch == 3
+    lines = [line for line in capsys.readouterr().out.splitlines() if "as trained" in line]
+    assert len(lines) == 1
+    assert "val_loss = 0.4" in lines[0]
 
 
 # --- averages of weights ---------------------------------------------------------------------------------------------

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+_AT_ONCE = "ModelCheckpoint(save_on_exception=True) writes one at Ctrl-C"
 
 
 def checkpoint_rows(trainer: pl.Trainer) -> list[dict[str, Any]]:
@@ -42,9 +45,11 @@ def how_to_go_on(trainer: pl.Trainer) -> str:
     written = [file for file in files if file and os.path.exists(file)]
     later = any(saver.save_on_exception for saver in whole)
     if not written and not later:
-        return "no checkpoint was written to go on from; ModelCheckpoint(save_last=True) writes one per epoch"
+        return f"no checkpoint was written to go on from; ModelCheckpoint() writes one per epoch, {_AT_ONCE}"
     newest = max(written, key=os.path.getmtime) if written else "the checkpoint that is saved now"
     note = " (or the newer one that is saved now)" if written and later else ""
+    if not later:  # one with a monitor writes its best alone, `last.ckpt` included, and that may be long ago
+        note = f" (written {time.time() - os.path.getmtime(newest):.0f} s ago; {_AT_ONCE})"
     if _from_the_command_line(trainer):
         return f"go on: {_command(newest)}{note}"
     return f"go on: trainer.fit(..., ckpt_path={newest!r}){note}"

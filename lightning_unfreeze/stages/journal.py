@@ -103,8 +103,10 @@ class StageJournal:
         """Prints which file holds which weights, and what they score: of `ModelCheckpoint`, and the rows given."""
         if not trainer.is_global_zero or trainer.fast_dev_run or trainer.progress_bar_callback is None:  # type: ignore[attr-defined]
             return
-        fresh = self._metric and self._metric[-1][0] == trainer.global_step
-        scores = f"{metric_name(trainer)} = {self._metric[-1][1]:.4g}" if fresh else ""
+        fresh, name = self._metric and self._metric[-1][0] == trainer.global_step, metric_name(trainer)
+        # what callbacks read: after a stage that went back to its best it is of those weights, not of the last step's
+        now = trainer.callback_metrics.get(name)
+        scores = f"{name} = {float(now):.4g}" if fresh and now is not None else ""
         own = row(f"as trained, {trainer.global_step} steps", "in memory", scores)
         trained = [] if any(each["file"].startswith(own["file"]) for each in rows) else [own]
         show(table_of([*trained, *checkpoint_rows(trainer), *rows], title="weights"))
