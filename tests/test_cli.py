@@ -7,8 +7,11 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -18,6 +21,7 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from PIL import Image
 
+from lightning_unfreeze import cli
 from lightning_unfreeze.cli import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -235,6 +239,18 @@ def assert_one_line(arguments: list[str], says: str, capsys: pytest.CaptureFixtu
     assert len(errors[0]) < 600
 
 
+@pytest.mark.parametrize(
+    ("text", "passes"), [("`isinstance(treespec, LeafSpec)` is deprecated, use", True), ("it is deprecated", False)]
+)
+def test_main__is_silent_on_what_no_user_can_mend(text: str, passes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cli._COMMANDS, "warn", "warn")
+    command = SimpleNamespace(main=lambda _: warnings.warn(text, FutureWarning, stacklevel=2))
+    monkeypatch.setitem(sys.modules, "lightning_unfreeze.cli.warn", command)
+    with warnings.catch_warnings(), nullcontext() if passes else pytest.raises(FutureWarning):
+        warnings.simplefilter("error")
+        main(["warn"])
+
+
 def test_plan__shows_each_stage_and_trains_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -244,12 +260,12 @@ def test_plan__shows_each_stage_and_trains_nothing(
     for stage in ("head_on_features", "head_augmented", "full"):
         assert stage in shown
     assert "325" in shown  # 64 features x 5 classes + 5
-    assert "together 20 epochs" in shown
+    assert "together 20 epochs" in shown and "range tests of at most" in shown
     assert not list(tmp_path.rglob("*"))
 
 
 def test_plan__counts_flops_and_parameters_as_arithmetic_does(tmp_path: Path) -> None:
-    from lightning_unfreeze import DigitsData, GradualUnfreeze, Stage, TransferClassifier
+    from lightning_unfreeze import DigitsData, GradualUnfreeze, LRFinderPerStage, Stage, TransferClassifier
     from lightning_unfreeze.recipe.costs import plan_costs
     from tests.zoo import quiet_trainer
 
@@ -257,6 +273,12 @@ def test_plan__counts_flops_and_parameters_as_arithmetic_does(tmp_path: Path) ->
     module = TransferClassifier("digits_resnet", num_classes=5, pretrained=False)
     before = {name: value.clone() for name, value in module.state_dict().items()}
     head, full = plan_costs(quiet_trainer([GradualUnfreeze(stages)]), module, DigitsData(batch_size=10))
+    assert (head.range_test_seconds, full.range_test_seconds) == (0, 0)
+    found = [Stage("head", train="head", epochs=2), Stage("full", epochs=3, lr="find")]
+    callbacks = [GradualUnfreeze(found), LRFinderPerStage(num_steps=40)]
+    _, tested = plan_costs(quiet_trainer(callbacks), module, DigitsData(batch_size=10))
+    # an epoch has 5 batches of 10 images, the test as many steps as 8 epochs
+    assert tested.range_test_seconds == pytest.approx(8 * tested.epoch_seconds)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert (head.parameters, full.parameters) == (325, sum(p.numel() for p in module.parameters()))
     assert (head.images, full.images) == (100, 150)

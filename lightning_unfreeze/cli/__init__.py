@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -53,6 +54,8 @@ def main(args: Sequence[str] | None = None) -> None:
     process_argv, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns of arguments that the process has besides
     from lightning_unfreeze.cli.errors import one_line_errors
 
+    # Lightning 2.6 on torch 2.14: nothing that a user of the command line could mend
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     try:
         with one_line_errors():
             command = arguments[0]

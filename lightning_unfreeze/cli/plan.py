@@ -15,6 +15,8 @@ def main(arguments: Sequence[str]) -> None:
     planned = plan_costs(cli.trainer, cli.model, cli.datamodule)
     show(table_of([stage.row() for stage in planned], title="plan (nothing was trained)"))
     epochs, minutes = sum(one.stage.num_epochs for one in planned), sum(one.seconds for one in planned) / 60
-    show(f"together {epochs} epochs, {minutes:.2g} minutes; range tests and validation are not counted")
+    tests = sum(one.range_test_seconds for one in planned) / 60
+    more = f", and range tests of at most {tests:.2g} minutes" if tests else ""
+    show(f"together {epochs} epochs, {minutes:.2g} minutes{more}; reading images and validation are not counted")
     for line in (line for stage in planned for line in stage.advice()):
         show(line)

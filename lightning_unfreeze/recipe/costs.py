@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from lightning_unfreeze.callbacks.base import Conductor, StageRun
+from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.features.shortcut import seconds
 from lightning_unfreeze.inside_lightning.sandbox import sandbox
@@ -60,6 +61,7 @@ class PlannedStage:
         epoch_seconds: As `epoch_flops`.
         savings: Threshold -> share of a step's seconds that freezing the groups whose ratio to the head's rate lies
             below would save; only thresholds that freeze something, and something else than the one before.
+        range_test_seconds: Of all steps of its range test, which may end earlier; 0 without one.
     """
 
     stage: Stage
@@ -72,6 +74,7 @@ class PlannedStage:
     once_seconds: float
     epoch_seconds: float
     savings: Mapping[float, float]
+    range_test_seconds: float = 0.0
 
     @property
     def flops(self) -> float:
@@ -119,7 +122,10 @@ class PlannedStage:
             )
         if self.savings:
             parts = [f"{share:.0%} with freeze_below={threshold:g}" for threshold, share in self.savings.items()]
-            lines.append(f"stage {self.stage.name!r}: GradualUnfreeze would save of a step {', '.join(parts)}")
+            lines.append(
+                f"stage {self.stage.name!r}: a step takes less time if GradualUnfreeze freezes the layer groups of the "
+                f"lowest rates: {', '.join(parts)}"
+            )
         return lines
 
 
@@ -252,7 +258,14 @@ class _PlanProbe(Probe):
             once_seconds=share * duration,
             epoch_seconds=(1 - share) * duration,
             savings={} if stage.precompute else self._savings(trainer, pl_module, stage, batch, step_seconds),
+            range_test_seconds=step_seconds * self._range_test_steps(stage),
         )
+
+    def _range_test_steps(self, stage: Stage) -> int:
+        if stage.lr != "find" or stage.solve:
+            return 0
+        users: list[Any] = self.user_trainer.callbacks  # type: ignore[attr-defined]
+        return next((each.num_steps for each in users if isinstance(each, LRFinderPerStage)), 0)
 
     def _savings(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, batch: Any, step_seconds: float

@@ -7,7 +7,19 @@ from typing import Any
 
 from lightning_unfreeze.reporting.judged import Judged, expected_calibration_error, wilson
 
-_OF_THE_PLAN = ("name", "train", "epochs", "lr", "lr_mult", "lr_span", "precompute", "cycle_len", "num_cycles", "until")
+_OF_THE_PLAN = (
+    "name",
+    "train",
+    "epochs",
+    "lr",
+    "lr_mult",
+    "lr_span",
+    "precompute",
+    "solve",
+    "cycle_len",
+    "num_cycles",
+    "until",
+)
 
 
 def model_card(checkpoint: Mapping[str, Any], judged: Judged, split: str, name: str) -> str:
@@ -76,7 +88,9 @@ def _plan_of(checkpoint: Mapping[str, Any]) -> list[str]:
     if not plan:
         return ["Without stages."]
     keys = [key for key in _OF_THE_PLAN if any(stage.get(key) not in (None, False) for stage in plan)]
-    return _table([tuple(keys), *(tuple(str(stage.get(key, "")) for key in keys) for stage in plan)])
+    return _table(
+        [tuple(keys), *(tuple("" if stage.get(key) is None else str(stage[key]) for key in keys) for stage in plan)]
+    )
 
 
 def _limits(judged: Judged, split: str) -> list[str]:
