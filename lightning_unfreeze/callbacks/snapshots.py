@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -77,6 +77,14 @@ class BestWeights(StageCallback):
         if stage == "fit":
             self.scores, self.best_path, self._points, self._files = {}, None, {}, {}
             self._best, self._logged = _LEFT, {}
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Reads the weights along the path again where the fit goes on; what is gone is left out, and said."""
+        gone = [file for file in self._files.values() if not Path(file).is_file()]
+        if gone:
+            rank_zero_warn(f"BestWeights goes on without {', '.join(gone)}, which are no longer there")
+        self._files = {name: file for name, file in self._files.items() if file not in gone}
+        self._points = {name: torch.load(file, weights_only=True) for name, file in self._files.items()}
 
     def on_stage_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
         """Keeps what the last stage starts from."""
@@ -232,13 +240,8 @@ class BestWeights(StageCallback):
         return {"files": dict(self._files)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Reads them again; what is gone is left out, and said."""
-        files: dict[str, str] = dict(state_dict["files"])
-        gone: Sequence[str] = [file for file in files.values() if not Path(file).is_file()]
-        if gone:
-            rank_zero_warn(f"BestWeights goes on without {', '.join(gone)}, which are no longer there")
-        self._files = {name: file for name, file in files.items() if file not in gone}
-        self._points = {name: torch.load(file, weights_only=True) for name, file in self._files.items()}
+        """Where they lie; a fit that goes on reads them, and a test of the checkpoint needs none."""
+        self._files = dict(state_dict["files"])
 
 
 def _same(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:

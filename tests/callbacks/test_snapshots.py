@@ -110,6 +110,25 @@ def test_best_weights__a_resumed_run_has_the_same_table(tmp_path: Path) -> None:
     assert run(tmp_path / "at.ckpt", folder="cut").scores == whole.scores
 
 
+def test_best_weights__that_are_gone_are_missed_by_a_fit_that_goes_on_alone(tmp_path: Path) -> None:
+    """A finished run leaves a checkpoint of its last stage, and no weights along the path: a test needs none."""
+    torch.manual_seed(0)
+    module, saver = UserModule(SmallNet()), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    data = loader(random_images(seed=5), batch_size=24)
+
+    def trainer() -> pl.Trainer:
+        callbacks = [GradualUnfreeze(PLAN), CosineRestarts(), BestWeights(), saver]
+        return quiet_trainer(callbacks, enable_checkpointing=True)
+
+    first = trainer()
+    first.fit(module, loader(), data)
+    (scores,) = first.validate(module, data, ckpt_path=tmp_path / "epoch=2.ckpt", verbose=False)  # warnings are errors
+    kept = torch.load(tmp_path / "epoch=2.ckpt", weights_only=True)["state_dict"]
+    assert scores["val_loss"] == pytest.approx(loss_of(kept), rel=1e-5)
+    with pytest.warns(UserWarning, match=r"BestWeights goes on without .*start.pt, .*cycle1.pt"):
+        trainer().fit(module, loader(), data, ckpt_path=tmp_path / "epoch=2.ckpt")
+
+
 def test_soups__mix_by_hand_and_take_what_helps() -> None:
     points = [{"w": torch.tensor([float(value)]), "n": torch.tensor(value)} for value in (4, 10, 0)]
     assert mix(points, [0.5, 0.25, 0.25])["w"].tolist() == [4.5]
