@@ -418,3 +418,17 @@ def test_found__says_what_the_real_sets_hold(name: str, start: str, end: str) ->
     assert data.found.startswith(f"root={str(SETS / name)!r}: {start}")
     assert data.found.endswith(end)
     assert ("2 exact copies across splits" in data.found) == (name == "flowers5")
+
+
+def test_broken__is_named_once_and_not_in_each_run_of_a_study(tmp_path: Path) -> None:
+    from lightning_unfreeze.study.runs.run import _quiet
+
+    for label in ("a", "b"):
+        (tmp_path / label).mkdir()
+        for i in range(6):
+            Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(tmp_path / label / f"{i}.png")
+    (tmp_path / "a" / "cut.png").write_bytes((tmp_path / "a" / "0.png").read_bytes()[:50])
+    with _quiet():  # a warning would be an error
+        ImageFolderData(str(tmp_path), corrupt="skip").setup("fit")
+    with pytest.warns(UserWarning, match=r"Skipped 1 of 13 files"):
+        ImageFolderData(str(tmp_path), corrupt="skip").setup("fit")
