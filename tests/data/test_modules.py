@@ -427,7 +427,7 @@ def test_broken__is_named_once_and_not_in_each_run_of_a_study(tmp_path: Path) ->
         (tmp_path / label).mkdir()
         for i in range(6):
             Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(tmp_path / label / f"{i}.png")
-    (tmp_path / "a" / "cut.png").write_bytes((tmp_path / "a" / "0.png").read_bytes()[:50])
+    (tmp_path / "a" / "page.png").write_bytes(b"<html>")
     with _quiet():  # a warning would be an error
         ImageFolderData(str(tmp_path), corrupt="skip").setup("fit")
     with pytest.warns(UserWarning, match=r"Skipped 1 of 13 files"):
