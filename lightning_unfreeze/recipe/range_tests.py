@@ -52,6 +52,8 @@ class _RangeTestProbe(Probe):
         for stage in asked:
             run = self.enter(trainer, stage)
             self.what_trains.set_rates(trainer.optimizers[0].param_groups, stage)
+            self.finder.run = run  # the rule and the steps that it reads by are those of the stage
             with self.around_stage_start(trainer, run):
                 self.results[stage.name] = self.finder.range_test(trainer, pl_module, stage.name)
+        self.finder.run = None
         trainer.should_stop = True
