@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_unfreeze.features.batch_form import NoStoreError
 from lightning_unfreeze.features.host import Host
-from lightning_unfreeze.features.key import fingerprint_of, function_fingerprint, prefix_fingerprint
+from lightning_unfreeze.features.key import fingerprint_of, function_fingerprint, prefix_checksum, prefix_fingerprint
 from lightning_unfreeze.features.layout import StoreDtype, StoreError, StoreLayout, TensorSpec
 from lightning_unfreeze.features.prefix import FrozenPrefix, advance
 from lightning_unfreeze.features.serve import view_batches
@@ -60,12 +60,12 @@ class StoredData:
     data: ViewedData
     data_key: str
     prefix: FrozenPrefix
-    prefix_key: str
+    prefix_checksum: str
     store: FeatureStore
 
     def is_current(self) -> bool:
         """Whether the frozen part is what it was when the features were computed."""
-        return prefix_fingerprint(self.prefix) == self.prefix_key
+        return prefix_checksum(self.prefix) == self.prefix_checksum
 
 
 class FeaturePass:
@@ -84,9 +84,9 @@ class FeaturePass:
         verify: Literal["sampled", "full"],
     ) -> None:
         self.host, self.data, self.prefix, self.verify = host, data, prefix, verify
-        self.data_key, self.prefix_key = data.key(), prefix_fingerprint(prefix)
-        function = function_fingerprint(prefix)
-        key = fingerprint_of(data=self.data_key, prefix=self.prefix_key, function=function, dtype=dtype)
+        self.data_key, self.prefix_checksum = data.key(), prefix_checksum(prefix)
+        weights, function = prefix_fingerprint(prefix), function_fingerprint(prefix)
+        key = fingerprint_of(data=self.data_key, prefix=weights, function=function, dtype=dtype)
         tensors = {name: TensorSpec.like(value) for name, value in data.form.split(data.fed)[1].items()}
         for name, shape in prefix.shapes.items():
             tensors[name] = TensorSpec.like(torch.empty(1, *shape, dtype=prefix.dtypes[name]), dtype)
@@ -195,7 +195,7 @@ class FeaturePass:
             return seconds(lambda: list(self._batches(0, rows, earlier)), self.host.device) / len(rows)
 
     def _stored(self, store: FeatureStore) -> StoredData:
-        return StoredData(self.data, self.data_key, self.prefix, self.prefix_key, store)
+        return StoredData(self.data, self.data_key, self.prefix, self.prefix_checksum, store)
 
     def _fill_rows(self, writer: FeatureWriter, earlier: StoredData | None) -> None:
         missing = [writer.missing_rows(view) for view in range(len(self.data.views))]

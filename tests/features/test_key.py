@@ -18,7 +18,14 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from lightning_unfreeze.features import key as fingerprints
-from lightning_unfreeze.features.key import dataset_fingerprint, fingerprint_of, transform_fingerprint
+from lightning_unfreeze.features.key import (
+    dataset_fingerprint,
+    fingerprint_of,
+    prefix_checksum,
+    prefix_fingerprint,
+    transform_fingerprint,
+)
+from lightning_unfreeze.features.search import find_prefix
 
 
 def test_fingerprint_of__depends_on_names_values_and_package_version(monkeypatch):
@@ -271,3 +278,61 @@ def test_dataset_fingerprint__the_users_own_word_is_enough():
         dataset_fingerprint(stream())
     assert dataset_fingerprint(stream(), fingerprint="v1") == dataset_fingerprint(Archive([1]), fingerprint="v1")
     assert dataset_fingerprint(stream(), fingerprint="v1") != dataset_fingerprint(stream(), fingerprint="v2")
+
+
+def _flip(tensor):
+    return tensor.flip(0)
+
+
+def _swap_two(tensor):
+    changed = tensor.clone().reshape(-1)
+    changed[[3, -5]] = changed[[-5, 3]]
+    return changed.view_as(tensor)
+
+
+def _move_in_a_column(tensor):
+    changed = tensor.clone().reshape(-1)
+    changed[[3, 3 + 512]] = changed[[3 + 512, 3]]  # 512 floats, 2048 bytes, further: the sums along columns stay
+    return changed.view_as(tensor)
+
+
+def _last_bit(tensor):
+    changed = tensor.clone()
+    changed.view(-1)[-1:].view(torch.int32).bitwise_xor_(1)
+    return changed
+
+
+@pytest.mark.parametrize("change", [_flip, _swap_two, _move_in_a_column, _last_bit, torch.neg])
+@pytest.mark.parametrize("name", ["0.weight", "0.bias", "1.running_mean", "1.num_batches_tracked"])
+def test_prefix_checksum__sees_each_write_that_the_fingerprint_sees(change, name):
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 97, 5), torch.nn.BatchNorm2d(97), torch.nn.Flatten(), torch.nn.LazyLinear(2)
+    )
+    network(torch.rand(4, 3, 6, 6))
+    network[:2].requires_grad_(False).eval()
+    prefix = find_prefix(network, torch.rand(4, 3, 6, 6)).prefix
+    before, key = prefix_checksum(prefix), prefix_fingerprint(prefix)
+    assert prefix_checksum(prefix) == before
+    tensor = dict(network.state_dict(keep_vars=True))[name]
+    if tensor.numel() < 500 and change is not torch.neg:
+        change = torch.neg
+    version = tensor._version
+    tensor.data.copy_(change(tensor.data))  # past the version counter
+    assert tensor._version == version
+    assert prefix_fingerprint(prefix) != key
+    assert prefix_checksum(prefix) != before
+
+
+def test_prefix_checksum__of_weights_that_lie_anywhere_in_memory():
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 97, 5), torch.nn.Flatten(), torch.nn.Linear(97 * 4, 2))
+    network[0].requires_grad_(False).eval()
+    prefix = find_prefix(network, torch.rand(4, 3, 6, 6)).prefix
+    before = prefix_checksum(prefix)
+    weight = network[0].weight
+    moved = torch.zeros(weight.numel() + 1)
+    moved[1:] = weight.detach().view(-1)
+    weight.data = moved[1:].view_as(weight)  # 4 bytes behind a multiple of 8
+    assert prefix_checksum(prefix) == before
+    moved[77] += 1
+    assert prefix_checksum(prefix) != before
