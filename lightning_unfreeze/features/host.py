@@ -35,6 +35,7 @@ class Host:
         gather: A value of every process, on every process. Collective.
         rank: Number of this process among those that fill a store.
         num_ranks: Their number.
+        conditions: What the step depends on besides the network and the batch, in JSON; None where that is not known.
         progress: A bar: text and total in, a context that yields `advance(n)` out.
     """
 
@@ -48,3 +49,4 @@ class Host:
     rank: int = 0
     num_ranks: int = 1
     progress: Callable[[str, int], AbstractContextManager[Callable[[int], Any]]] = _no_bar
+    conditions: Any = None

@@ -63,6 +63,7 @@ class FrozenPrefix:
         boundary: Name of the module behind which the features are taken (the last one, when several tensors cross).
         shapes: Shape of one image's features, per key. Keys are fit for file names.
         dtypes: Precision the forward ran in, per key. Features stored in another one are cast back in replay.
+        found: Entries, calls and positions of the stored leaves, of which another one can be made.
         image_shape: ``(C, H, W)`` of the images the prefix was found with.
         module_names: The modules of the prefix, in the order they are called.
         suspects: Who may have changed features that are not as they were served, for the error.
@@ -94,6 +95,7 @@ class FrozenPrefix:
         self._patches = Patches([*self._stubs(self._answer), *entered])
         # what becomes of placeholders 0 and 1 on their way, where images are changed: (2, ...)
         self._changed = changed
+        self.found = (tuple(entries), self._calls, tuple(stored))
         self._writes_in_place = True  # whether modules behind the boundary do, into the features; `verify` looks
         self.suspects = "the step"
         self.only_served = False  # whether features that were not marked by `stand_in` are refused
@@ -103,6 +105,12 @@ class FrozenPrefix:
 
     def __repr__(self) -> str:
         return f"FrozenPrefix(boundary={self.boundary!r}, shapes={self.shapes}, bytes_per_image={self.bytes_per_image})"
+
+    @property
+    def depends_on_code_alone(self) -> bool:
+        """Whether the same code with other weights would be found the same: `found` holds no numbers of a forward."""
+        constants = [leaf.constant for call in self._calls for leaf in call.leaves]
+        return self._changed is None and not any(isinstance(constant, Tensor) for constant in constants)
 
     @property
     def bytes_per_image(self) -> int:

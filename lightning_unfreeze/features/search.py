@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,9 @@ def find_prefix(
     return PrefixSearch(None, reason)
 
 
-def verify(prefix: FrozenPrefix, images: Tensor) -> str:
+def verify(
+    prefix: FrozenPrefix, images: Tensor, modes: Sequence[Literal["training", "eval mode"]] = ("training", "eval mode")
+) -> str:
     """Compare prefix and rest with the plain forward: outputs, gradients of all that trains, outputs in eval mode.
 
     The first in the network's present modes from the same random state. Equal means bitwise equal; where two plain runs
@@ -87,11 +89,12 @@ def verify(prefix: FrozenPrefix, images: Tensor) -> str:
     Returns:
         The reason why it does not hold; empty when it does.
     """
-    writes_in_place = False
-    for evaluate in (False, True):
-        run, network = prefix._run, prefix.network
+    writes_in_place, run, network = False, prefix._run, prefix.network
+    features = prefix.extract(images)  # once: the modes of the prefix are its own in both
+    for mode in modes:
+        evaluate = mode == "eval mode"
         plain = _probe(network, run, images, evaluate)
-        with prefix.replay(prefix.extract(images)) as packed:
+        with prefix.replay(features) as packed:
             replayed = _probe(network, run, packed, evaluate)
             writes_in_place |= any(version_of(tensor) != version for tensor, version in prefix._handed_on)
         differing = [name for name in plain if not _same(plain[name], replayed.get(name))]
@@ -104,8 +107,7 @@ def verify(prefix: FrozenPrefix, images: Tensor) -> str:
             ]
             why = "it is NaN, so it reads an activation from before the boundary" if is_nan[1] else "it is another one"
             why = "it is NaN in the plain forward, too" if is_nan[0] else why
-            mode = "in eval mode" if evaluate else "in training"
-            return f"the {differing[0]} {mode} is not that of the plain forward ({why})"
+            return f"the {differing[0]} in {mode} is not that of the plain forward ({why})"
     prefix._writes_in_place = writes_in_place
     return ""
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_unfreeze.features.batch_form import NoStoreError
 from lightning_unfreeze.features.host import Host
 from lightning_unfreeze.features.prefix import FrozenPrefix
-from lightning_unfreeze.features.search import find_prefix
+from lightning_unfreeze.features.recall import recall_prefix
 from lightning_unfreeze.features.viewed import ViewedData
 
 
@@ -25,7 +25,8 @@ def find_shortcut(host: Host, data: ViewedData) -> tuple[FrozenPrefix, str]:
     Raises:
         NoStoreError: If there is none, with the reason.
     """
-    prefix, reason = find_prefix(host.network, data.form.images(data.fed), _step_on(host, data))
+    images, step = data.form.images(data.fed), _step_on(host, data)
+    prefix, reason = recall_prefix(host.network, images, step, data.fed, host.conditions)
     if prefix is None:
         raise NoStoreError(reason)
     check_step(host, prefix, data, training=True)

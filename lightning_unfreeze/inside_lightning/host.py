@@ -69,5 +69,9 @@ def host_of(trainer: pl.Trainer) -> Host:
         gather=lambda value: gather_objects(trainer, value),
         rank=trainer.local_rank,
         num_ranks=max(1, trainer.world_size // trainer.num_nodes),
+        conditions=[
+            f"{type(trainer.precision_plugin).__qualname__} {type(trainer.strategy).__qualname__} {trainer.precision}",
+            [trainer.current_epoch, trainer.global_step, trainer.world_size],
+        ],
         progress=lambda text, total: progress_bar(trainer, text, total, "image"),
     )
