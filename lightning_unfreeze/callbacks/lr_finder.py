@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from lightning_unfreeze.callbacks.base import StageCallback, players
 from lightning_unfreeze.inside_lightning.loaders import fresh_batches
 from lightning_unfreeze.inside_lightning.sandbox import sandbox
-from lightning_unfreeze.inside_lightning.steps import epochs_of_fit, optimizer_step, steps_of_epoch
+from lightning_unfreeze.inside_lightning.steps import optimizer_step, steps_of_epoch
 from lightning_unfreeze.layers.param_groups import peak_lr, set_lr, set_peak_lr
 from lightning_unfreeze.reporting import log_metrics, progress_bar, report_dir, save_figure, write_csv
 from lightning_unfreeze.stages.plan import Stage
@@ -294,8 +294,8 @@ class LRFinderPerStage(StageCallback):
             return None
         if self.run.planned:
             return steps * self.run.stage.num_epochs
-        epochs = epochs_of_fit(trainer, steps)
-        return None if isinstance(epochs, float) else int(epochs * steps)
+        total = trainer.estimated_stepping_batches
+        return None if np.isinf(total) else int(total)
 
     def _show(self, trainer: pl.Trainer, name: str) -> None:
         result = self.results[name]

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import types
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -26,7 +27,7 @@ from lightning_unfreeze.seeding import keyed_rng
 _MAX_SAMPLES = 64
 _ROW_BYTES = 2048
 _TRANSFORMS = ("transform", "transforms", "target_transform")
-MODULE_INTERNALS = frozenset({*vars(nn.Module()), "_trainer", "_fabric"})
+_MODULE_INTERNALS = frozenset({*vars(nn.Module()), "_trainer", "_fabric"})
 _SETTINGS: tuple[type, ...] = (bool, int, float, complex, str, type(None), torch.dtype, torch.Size, enum.Enum, type)
 _SETTINGS += (types.FunctionType, types.BuiltinFunctionType, functools.partial)
 
@@ -118,6 +119,18 @@ def _tensors(prefix: FrozenPrefix) -> list[tuple[str, Tensor]]:
     return sorted(tensors.items())
 
 
+def held_by(module: nn.Module) -> list[tuple[str, Any]]:
+    """What hangs on a module besides what torch and Lightning keep there, by name."""
+    return sorted((key, value) for key, value in vars(module).items() if key not in _MODULE_INTERNALS)
+
+
+def hooks_of_others(hooks: Mapping[Any, Any]) -> list[Any]:
+    """Hooks of one kind without ours, which change no output: they say where a stage freezes from."""
+    return [
+        hook for hook in hooks.values() if not str(getattr(hook, "__module__", "")).startswith("lightning_unfreeze.")
+    ]
+
+
 def function_fingerprint(prefix: FrozenPrefix) -> str:
     """Fingerprint of what the prefix computes, its weights apart: classes, their settings, code of the user's own.
 
@@ -130,13 +143,8 @@ def function_fingerprint(prefix: FrozenPrefix) -> str:
         around |= {".".join(name.split(".")[:i]) for i in range(len(name.split(".")))}
         for path, module in prefix.network.get_submodule(name).named_modules(prefix=name):
             said = re.sub(r"\b0x[0-9a-fA-F]+", "", module.extra_repr())
-            hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-            # ours change no output: they say where a stage freezes from
-            hooks = [
-                hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("lightning_unfreeze.")
-            ]
-            held = sorted((key, value) for key, value in vars(module).items() if key not in MODULE_INTERNALS)
-            settings = [[key, describe.of(value)] for key, value in held if _is_setting(value)]
+            hooks = [*hooks_of_others(module._forward_hooks), *hooks_of_others(module._forward_pre_hooks)]
+            settings = [[key, describe.of(value)] for key, value in held_by(module) if _is_setting(value)]
             parts.append(
                 [path, describe.of(type(module)), said, settings, [_of_hook(hook, describe) for hook in hooks]]
             )
@@ -144,7 +152,7 @@ def function_fingerprint(prefix: FrozenPrefix) -> str:
         module = prefix.network.get_submodule(path)
         methods = [getattr(type(module), name, None) for name in ("forward", "training_step")]
         functions = [method for method in methods if isinstance(method, types.FunctionType)]
-        read = {name for function in functions for name in function.__code__.co_names} - MODULE_INTERNALS
+        read = {name for function in functions for name in function.__code__.co_names} - _MODULE_INTERNALS
         settings = [
             [key, describe.of(vars(module)[key])]
             for key in sorted(read & set(vars(module)))

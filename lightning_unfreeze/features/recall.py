@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_unfreeze.features.calls import Call
 from lightning_unfreeze.features.describe import Description, NotUnderstoodError
-from lightning_unfreeze.features.key import MODULE_INTERNALS, fingerprint_of
+from lightning_unfreeze.features.key import fingerprint_of, held_by, hooks_of_others
 from lightning_unfreeze.features.prefix import FrozenPrefix, Run
 from lightning_unfreeze.features.search import PrefixSearch, find_prefix, verify
 
@@ -125,10 +125,8 @@ def _modules(network: nn.Module) -> list[Any]:
         if isinstance(module, _NOT_LOOKED_INTO) or type(module).__module__.startswith("torch._dynamo"):
             raise NotUnderstoodError(f"a {type(module).__name__}")
         for name in _HOOKS:
-            for hook in getattr(module, name, {}).values():
-                # ours change no output: they say where a stage freezes from
-                if not str(getattr(hook, "__module__", "")).startswith("lightning_unfreeze."):
-                    raise NotUnderstoodError(f"a hook of {path!r}")
+            if hooks_of_others(getattr(module, name, {})):
+                raise NotUnderstoodError(f"a hook of {path!r}")
         tensors = [
             [name, describe.known_as(tensor), _meta(tensor), tensor.requires_grad]
             for name, tensor in [*module._parameters.items(), *module._buffers.items()]
@@ -139,8 +137,7 @@ def _modules(network: nn.Module) -> list[Any]:
             for name, tensor in module._buffers.items()
             if tensor is not None and not tensor.is_floating_point() and name != "num_batches_tracked"
         ]
-        held = sorted((key, value) for key, value in vars(module).items() if key not in MODULE_INTERNALS)
-        settings = [[key, describe.of(value)] for key, value in held]
+        settings = [[key, describe.of(value)] for key, value in held_by(module)]
         kind = [describe.of(type(module)), module.extra_repr(), module.training]
         parts.append([path, describe.known_as(module), kind, tensors, counts, settings])
     return parts
