@@ -51,8 +51,15 @@ def pictures_are_drawn(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
 
 
 @pytest.fixture(autouse=True)
-def no_process_group_stays() -> Iterator[None]:
-    """A Trainer with one DDP process in this one leaves its process group to the end of the interpreter."""
+def nothing_of_ddp_stays() -> Iterator[None]:
+    """A Trainer with one DDP process in this one leaves its process group, and `LOCAL_RANK` in the environment.
+
+    A script that a later test starts would take itself for a rank that others started, and wait for them.
+    """
+    environment = dict(os.environ)
     yield
+    if os.environ != environment:
+        os.environ.clear()
+        os.environ.update(environment)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -79,6 +79,13 @@ def test_launcher__fork_and_notebook(strategy: str, tmp_path: Path) -> None:
     check(tmp_path / "rows.json")
 
 
+@pytest.mark.parametrize("time", ["first", "second"])
+def test_launcher__one_process_in_this_one_leaves_its_rank_to_no_later_test(time: str) -> None:
+    assert "LOCAL_RANK" not in os.environ
+    quiet_trainer([], strategy="ddp", devices=1, max_epochs=1).fit(UserModule(SmallNet()), loader(batch_size=6))
+    assert os.environ["LOCAL_RANK"] == "0"  # Lightning's, which the fixture of all tests takes away
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["script", "torchrun", "spawn"])
 def test_launcher__processes_of_their_own(launcher: str, tmp_path: Path) -> None:
