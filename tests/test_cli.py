@@ -413,6 +413,19 @@ def test_error__of_a_missing_extra_says_what_to_install(
     assert "lightning-unfreeze[study]" in capsys.readouterr().err
 
 
+def test_error__at_the_start_leaves_no_empty_run_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    photos(tmp_path / "photos")
+    line = ["fit", "--config", str(CONFIGS / "fine_tune.yaml"), *own_photos_arguments(tmp_path / "photos"), *TINY]
+    assert_one_line([*line, "--data.root=nowhere"], r"root='nowhere': no such folder", capsys)
+    assert list((tmp_path / "runs" / "fine_tune").iterdir()) == []
+    (tmp_path / "runs" / "fine_tune" / "version_0").mkdir()  # of an earlier run: not ours to take away
+    assert_one_line([*line, "--data.root=nowhere"], r"root='nowhere': no such folder", capsys)
+    assert [folder.name for folder in (tmp_path / "runs" / "fine_tune").iterdir()] == ["version_0"]
+
+
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
 def test_error__of_a_head_that_was_never_trained_asks_for_the_checkpoint(
     command: str, capsys: pytest.CaptureFixture[str]
@@ -425,7 +438,13 @@ def test_error__of_a_head_that_was_never_trained_asks_for_the_checkpoint(
     [
         (["--stage.heads.lr", "0.1"], r"--stage.heads: .*no such stage.*head_on_features, head_augmented, full"),
         (["--stage.full.rate=0.1"], r"--stage.full.rate: .*OPTION one of train, epochs, lr"),
-        (["--stage.full.lr=-1"], r"lr=-1.*above 0"),
+        (["--stage.full.lr=-1"], r"--stage.full.lr: .*lr=-1.*above 0"),
+        (["--stage.full.until", "overfitting"], r"--stage.full.until: .*until='overfitting' is not 'overfit'"),
+        (["--stage.full.num_cycles=a"], r"--stage.full.num_cycles: .*num_cycles='a'"),
+        (
+            ["--stage.full.epochs=3", "--stage.full.cycle_len=2"],
+            r"--stage.full.epochs, --stage.full.cycle_len: .*leave",
+        ),
         (["--stage.full.lr"], r"--stage.full.lr: give a value"),
     ],
 )

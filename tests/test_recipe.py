@@ -123,6 +123,12 @@ def test_fine_tune__solves_or_trains_the_head_and_has_one_cycle() -> None:
         fine_tune(0)
 
 
+@pytest.mark.parametrize("make", [lambda: fine_tune(5, 2e-3), lambda: nine_steps(5)], ids=["fine_tune", "nine_steps"])  # type: ignore[arg-type]
+def test_recipes__take_no_rate_and_no_length_for_the_name_of_the_network(make: Callable[[], Any]) -> None:
+    with pytest.raises(ValueError, match=r"network=(0\.002|5) .*lr=2e-3.*max_cycles=4"):
+        make()
+
+
 def test_recipes__serve_all_that_their_stages_need() -> None:
     for recipe in (nine_steps(), nine_steps(head_epochs=2), fine_tune(5), fine_tune(5, head_epochs=2)):
         (conductor, *_) = recipe

@@ -42,9 +42,9 @@ def take_stage_options(arguments: list[str]) -> StageOptions:
     Raises:
         ValueError: For an option that a stage does not have, or one without a value.
 
-    >>> line = ["fit", "--stage.full.lr", "1e-3", "--config=a.yaml", "--stage.head.epochs=4"]
+    >>> line = ["fit", "--stage.full.lr", "1e-3", "--config=a.yaml", "--stage.full.until=none"]
     >>> take_stage_options(line), line
-    ({'full': {'lr': 0.001}, 'head': {'epochs': 4}}, ['fit', '--config=a.yaml'])
+    ({'full': {'lr': 0.001, 'until': None}}, ['fit', '--config=a.yaml'])
     """
     found: StageOptions = {}
     place = 0
@@ -70,7 +70,7 @@ def change_stages(callbacks: Any, options: StageOptions) -> None:
     """Puts the options into the stages of a parsed config.
 
     Raises:
-        MisconfigurationException: For a stage that is not in the plan.
+        MisconfigurationException: For a stage that is not in the plan, and for values that make no `Stage`.
     """
     listed = callbacks if isinstance(callbacks, Sequence) else [callbacks]
     stages: list[Any] = [
@@ -85,12 +85,18 @@ def change_stages(callbacks: Any, options: StageOptions) -> None:
             raise MisconfigurationException(
                 f"{STAGE}{name}: the plan has no such stage, it has {', '.join(names) or 'no stages'}."
             )
+        stage = stages[names.index(name)]
         for field, value in changes.items():
-            stages[names.index(name)][field] = value
+            stage[field] = value
+        try:
+            Stage(**dict(stage.items()))
+        except ValueError as error:
+            given = ", ".join(f"{STAGE}{name}.{field}" for field in changes)
+            raise MisconfigurationException(f"{given}: {error}") from None
 
 
 def _value(text: str) -> Any:
-    value = yaml.safe_load(text)
+    value = None if text.lower() == "none" else yaml.safe_load(text)  # Python's word for YAML's null
     try:  # YAML 1.1 takes 1e-3, without a dot, for a text
         return float(value) if isinstance(value, str) else value
     except ValueError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -75,23 +76,36 @@ class UnfreezeCLI(StagedCLI):
         explains: bool = False,
     ) -> None:
         self._explains, self._all_probabilities = explains, all_probabilities
-        super().__init__(
-            pl.LightningModule,
-            pl.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            # what explains leaves no run of its own behind: its files lie beside the checkpoint
-            save_config_callback=None if explains else SaveConfigCallback,
-            save_config_kwargs={"overwrite": True},
-            seed_everything_default=0,
-            # -1 instead of Lightning's None: GradualUnfreeze sets the number, and None makes Lightning warn of 1000
-            trainer_defaults={"max_epochs": -1},
-            parser_class=OneLineParser,
-            # the module's own `configure_optimizers` decides; a scheduler beside the stages would fight them
-            auto_configure_optimizers=False,
-            args=list(args),
-            run=run,
-        )
+        try:
+            super().__init__(
+                pl.LightningModule,
+                pl.LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                # what explains leaves no run of its own behind: its files lie beside the checkpoint
+                save_config_callback=None if explains else SaveConfigCallback,
+                save_config_kwargs={"overwrite": True},
+                seed_everything_default=0,
+                # -1 instead of Lightning's None: GradualUnfreeze sets the number, and None makes Lightning warn of 1000
+                trainer_defaults={"max_epochs": -1},
+                parser_class=OneLineParser,
+                # the module's own `configure_optimizers` decides; a scheduler beside the stages would fight them
+                auto_configure_optimizers=False,
+                args=list(args),
+                run=run,
+            )
+        except BaseException:
+            self._remove_empty_folders()
+            raise
+
+    def _remove_empty_folders(self) -> None:
+        """Lightning makes the folder of a run before any check; of one that failed at the start nothing is in it."""
+        trainer = getattr(self, "trainer", None)
+        for logger in trainer.loggers if trainer is not None else ():
+            folder = Path(logger.log_dir or "")
+            if folder.name == f"version_{logger.version}":
+                with suppress(OSError):  # not empty, or not there
+                    folder.rmdir()
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The Trainer of the config.

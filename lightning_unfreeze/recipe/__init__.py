@@ -46,6 +46,9 @@ def nine_steps(
         scheduler: `"replace"` takes the scheduler of `configure_optimizers` away, which is refused otherwise.
         early_stopping: What an `EarlyStopping` of your own ends: the `"fit"`, or its `"stage"`.
 
+    Raises:
+        ValueError: For a `network` that is no name, and for numbers that make no `Stage`.
+
     >>> [stage.name for stage in nine_steps()[0].stages]
     ['head_on_features', 'head_augmented', 'full']
     """
@@ -93,6 +96,9 @@ def fine_tune(
         scheduler: `"replace"` takes the scheduler of `configure_optimizers` away, which is refused otherwise.
         early_stopping: What an `EarlyStopping` of your own ends: the `"fit"`, or its `"stage"`.
 
+    Raises:
+        ValueError: For a `network` that is no name, and for numbers that make no `Stage`.
+
     >>> head, full = fine_tune(5)[0].stages
     >>> head.solve, full.cycle_epochs
     ('auto', [Fraction(5, 1)])
@@ -115,6 +121,11 @@ def _callbacks(
     scheduler: Literal["error", "replace"],
     early_stopping: Literal["fit", "stage"],
 ) -> list[Callback]:
+    if network is not None and not isinstance(network, str):  # fastai's second is the rate: fine_tune(5, 2e-3)
+        raise ValueError(
+            f"network={network!r} is to name the attribute that holds the network; give rates and lengths by their "
+            "names, as in fine_tune(5, lr=2e-3) and nine_steps(max_cycles=4)"
+        )
     return [
         GradualUnfreeze(stages, network, train_bn=train_bn, scheduler=scheduler, early_stopping=early_stopping),
         PrecomputeFeatures(num_views=4),

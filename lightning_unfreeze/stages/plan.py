@@ -99,7 +99,8 @@ class Stage:
                 f"train={train!r} is not 'head', 'all' or 'adapters'; for layer groups by name write [{train!r}]"
             )
         if isinstance(train, int) and train < 1:
-            raise self._refuse(f"train={train} layer groups; at least 1 has to train")
+            instead = f"; they are counted from the head down: train={-train}" if train < 0 else ""
+            raise self._refuse(f"train={train} layer groups; at least 1 has to train{instead}")
         if isinstance(train, list | tuple) and not (train and all(isinstance(name, str) for name in train)):
             raise self._refuse(f"train={train!r} has to list at least one layer-group name")
         if self.precompute and train == "all":
@@ -110,13 +111,15 @@ class Stage:
             if self.lr != "find":
                 raise self._refuse(f"lr={self.lr!r} is not a number, 'find' or None")
         elif self.lr is not None and not _is_positive(self.lr):
-            raise self._refuse(f"lr={self.lr!r} has to be above 0 and finite")
+            raise self._refuse(f"lr={self.lr!r} has to be one rate, above 0 and finite{_instead(self.lr)}")
         factors = self.lr_mult if isinstance(self.lr_mult, list | tuple) else [self.lr_mult]
         if not factors or not all(_is_positive(factor) and factor <= 1 for factor in factors):
-            raise self._refuse(
-                f"lr_mult={self.lr_mult!r} has to lie in (0, 1]: earlier layer groups never train faster"
-            )
-
+            instead = "; earlier layer groups never train faster"
+            if _is_positive(self.lr_mult):  # fastai's fine_tune(lr_mult=100) means a hundredth
+                instead += (
+                    f", and a first one with 1/{self.lr_mult:g} of the last one's is lr_span=1 / {self.lr_mult:g}"
+                )
+            raise self._refuse(f"lr_mult={self.lr_mult!r} has to lie in (0, 1]{instead}")
         if self.lr_span is None:
             return
         if not (_is_positive(self.lr_span) and self.lr_span <= 1):
@@ -243,6 +246,16 @@ class Stage:
         if self.solve:
             needs[f"solve={self.solve!r}"] = "PrecomputeFeatures"
         return needs
+
+
+def _instead(rates: Any) -> str:
+    """What says the same as the lowest and the highest of several rates, fastai's `slice(a, b)` or `[a, b, c]`."""
+    ends = [rates.start, rates.stop] if isinstance(rates, slice) else rates
+    if not isinstance(ends, Sequence) or not ends:
+        return ""
+    rise = all(_is_positive(end) for end in (ends[0], ends[-1])) and ends[0] <= ends[-1]
+    first, last = (f"{ends[0]:g}", f"{ends[-1]:g}") if rise else ("FIRST", "LAST")
+    return f", that of the last layer group: lr={last}, and for lower ones before it lr_span={first} / {last}"
 
 
 def _is_positive(value: object) -> bool:
