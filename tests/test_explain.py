@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -87,11 +88,33 @@ def test_explain__needs_the_checkpoint_alone_and_lists_what_predict_image_gets_w
     assert "ants, bees" in card and "| full | all | 8 | 0.003 |" in card and "[3, 32, 32]" in card
 
 
+@pytest.mark.parametrize("split", [[], ["--split=val"]])
+def test_explain__of_a_checkpoint_without_a_config_needs_the_photos_alone(
+    split: list[str], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a script leaves it: nothing lies beside it. Its size and its classes travel in it."""
+    alone = Path(shutil.copy(checkpoint, tmp_path / "alone.ckpt"))
+    root = checkpoint.parents[2] / "photos"
+    main(["explain", "--ckpt_path", str(alone), f"--data.root={root}", "--data.batch_size", "4", *split])
+    with (tmp_path / "explain_val" / "samples.csv").open(newline="") as file:
+        samples = {row["file"]: (row["truth"], row["guess"]) for row in csv.DictReader(file)}
+    classifier = TransferClassifier.load_from_checkpoint(checkpoint)
+    photos = sorted((root / "val").rglob("*.png"))
+    expected = {photo.as_posix(): (photo.parent.name, next(iter(classifier.predict_image(photo)))) for photo in photos}
+    assert samples == expected and (tmp_path / "model_card.md").is_file()
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["explain", "--ckpt_path", str(alone), f"--data.root={root}", "--split=test"])
+    assert "There is no test data" in capsys.readouterr().err
+
+
 def test_explain__without_a_checkpoint_or_a_config_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({}, tmp_path / "alone.ckpt")
     for arguments, says in (
         ([], "--ckpt_path FILE"),
         (["--ckpt_path", str(tmp_path / "alone.ckpt")], "no config.yaml"),
+        (["--ckpt_path", str(tmp_path / "alone.ckpt"), "--data.root", "x", "--data.siz=3"], "data.siz"),
+        (["--ckpt_path", str(tmp_path / "alone.ckpt"), "--data.root=photos"], "one of a TransferClassifier"),
     ):
         with pytest.raises(SystemExit):
             main(["explain", *arguments])

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 
+import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_unfreeze.cli.checkpoints import config_beside
-from lightning_unfreeze.cli.parser import UnfreezeCLI
+from lightning_unfreeze.callbacks.error_report import ErrorReport
+from lightning_unfreeze.callbacks.tta import TTAEval
+from lightning_unfreeze.cli.checkpoints import config_beside, load_classifier
+from lightning_unfreeze.cli.parser import OneLineParser, UnfreezeCLI
+from lightning_unfreeze.data.modules import ImageFolderData
 from lightning_unfreeze.reporting import show
 
 
 def main(arguments: Sequence[str]) -> None:
     """Runs `test` (or `validate`) with an `ErrorReport`; the config is the one that the fit left, if none is given.
 
+    A fit of a script leaves no config: then a checkpoint of a `TransferClassifier` needs the photos alone.
+
     Raises:
-        ValueError: Without a checkpoint, or without a config.
+        ValueError: Without a checkpoint, or without a config and photos.
     """
     parser = argparse.ArgumentParser(
         "lightning-unfreeze explain",
@@ -31,16 +38,40 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError("explain needs --ckpt_path FILE, a checkpoint of a fit.")
     beside = config_beside(options.ckpt_path)
     configs = options.config or ([str(beside)] if beside else [])
-    if not configs:
-        raise ValueError(f"there is no config.yaml beside {options.ckpt_path}: give --config FILE, as for the fit.")
-    line = [*(part for config in configs for part in ("--config", config)), "--ckpt_path", options.ckpt_path, *rest]
-    if options.split != "val":
+    if configs:
+        line = [*(part for config in configs for part in ("--config", config)), "--ckpt_path", options.ckpt_path, *rest]
+        _on_split(options.split, lambda command: UnfreezeCLI([command, *line], explains=True))
+    elif any(argument.startswith("--data.root") for argument in rest):
+        _explain_photos(options.ckpt_path, options.split, rest)
+    else:
+        raise ValueError(
+            f"there is no config.yaml beside {options.ckpt_path}: give --config FILE, as for the fit, or after a fit "
+            "in Python --data.root PHOTOS."
+        )
+
+
+def _on_split(split: str | None, judge: Callable[[str], object]) -> None:
+    """Judges the test data, or the validation data where there is none, or what was asked for."""
+    if split != "val":
         try:
-            UnfreezeCLI(["test", *line], explains=True)
+            judge("test")
             return
         except MisconfigurationException as error:
             no_test = "There is no test data" in str(error) or "`test_dataloader`" in str(error)
-            if options.split == "test" or not no_test:
+            if split == "test" or not no_test:
                 raise
         show("there is no test data: the validation data is explained")
-    UnfreezeCLI(["validate", *line], explains=True)
+    judge("validate")
+
+
+def _explain_photos(ckpt_path: str, split: str | None, arguments: Sequence[str]) -> None:
+    """Without a config: what the checkpoint knows, on photos that the command line names."""
+    parser = OneLineParser()
+    parser.add_class_arguments(ImageFolderData, "data")
+    data = parser.instantiate_classes(parser.parse_args(list(arguments))).data
+    classifier = load_classifier(ckpt_path)
+    trainer = pl.Trainer(logger=False, enable_checkpointing=False, callbacks=[TTAEval(), ErrorReport()])
+    judges = {"test": trainer.test, "validate": trainer.validate}
+    with warnings.catch_warnings():  # judging needs none of them
+        warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be provided")
+        _on_split(split, lambda command: judges[command](classifier, datamodule=data, ckpt_path=ckpt_path))

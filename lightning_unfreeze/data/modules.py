@@ -203,16 +203,14 @@ class ImageFolderData(ClassificationData):
             tables = {"": given[0]}
         remarks = []
         if tables:
+            # a table that was named is meant to be one of photos
+            columns = self.columns if self.labels is None else self.columns or {}
             found = find_in_tables(
-                root, tables, rules, self.columns, self.label_separator, self._several, self.classes, self.groups
+                root, tables, rules, columns, self.label_separator, self._several, self.classes, self.groups
             )
             if found is not None:
                 return found
             table = next(iter(tables.values()))
-            if self.labels is not None:
-                raise MisconfigurationException(
-                    f"{table} has no column of files, or none of labels: give columns={{...}}."
-                )
             remarks.append(f"{table.name} has no columns of files and labels and is not used")
         if self._several or self.columns:
             raise MisconfigurationException(

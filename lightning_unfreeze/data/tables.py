@@ -23,7 +23,7 @@ ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
 COLUMNS: dict[str, tuple[str, ...]] = {
     "file": (
         *("file_name", "filename", "file", "filepath", "file_path", "path", "image", "image_path", "image_name"),
-        *("image_id", "img", "photo", "name", "id"),
+        *("image_id", "img", "photo", "name", "fname", "id"),
     ),
     "label": ("label", "labels", "class", "classes", "class_name", "category", "categories", "tags", "tag", "target"),
     "split": ("split", "set", "subset", "partition", "is_valid"),
@@ -104,10 +104,11 @@ def find_in_tables(
 ) -> Found | None:
     """Photos that tables name, with their labels: the table of each split, or one under `""` for all.
 
-    Columns, separator and whether a photo may have several labels are found out where they are not given.
+    Columns, separator and whether a photo may have several labels are found out where they are not given. `columns` is
+    role -> column, as far as they are named; None says that the table may be about something else.
 
     Returns:
-        What was found, or None for tables without columns of files and labels, where `columns` names none.
+        What was found, or None for tables without columns of files and labels that may be about something else.
 
     Raises:
         MisconfigurationException: For tables that fit no photos, or whose labels are no classes.
@@ -118,16 +119,21 @@ def find_in_tables(
         raise MisconfigurationException(f"{source} has no rows.")
     there = list(rows[0][2])
     named, known = _columns(source, there, columns or {}, group_column)
+    if not named["file"]:  # by what it holds: names of photos in every row
+        named["file"] = [column for column in there if _names_photos([_text(r.get(column)) for *_, r in rows], rules)][
+            :1
+        ]
+        named["label"] = [column for column in named["label"] if column not in named["file"]]
     cells = [[_text(row.get(column)) for column in named["label"]] for _, _, row in rows]
     # `metadata` is often about something else: authors, licences, captions
     guessed = bool(named["label"]) and named["label"][0] not in known
     if guessed and (source.stem == "metadata" or not _are_labels(cells)):
         named["label"] = []
     if not named["file"] or not named["label"]:
-        if columns or group_column:
+        if columns is not None or group_column:
             lacking = "file" if not named["file"] else "label"
             raise MisconfigurationException(
-                f"{source} has the columns {', '.join(there)}: name one, columns: {{{lacking}: ...}}"
+                f"{source} has the columns {', '.join(there)}: name that of the {lacking}s, columns: {{{lacking}: ...}}"
             )
         return None
     file_column = named["file"][0]
@@ -250,6 +256,11 @@ def _labels(
         split = [[plain(name.strip()) for name in text.split(separator) if name.strip()] for text in texts]
         return split, many if many is not None else True
     return [[plain(name)] if name else [] for name in _class_names(source, columns[0], texts)], bool(many)
+
+
+def _names_photos(cells: list[str], rules: Rules) -> bool:
+    """Whether all cells are names of photos by their endings."""
+    return all("://" not in cell and PurePosixPath(cell).suffix.lower() in rules.endings for cell in cells)
 
 
 def _are_labels(cells: list[list[str]]) -> bool:

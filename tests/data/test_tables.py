@@ -199,7 +199,12 @@ def test_table__numbers_are_classes_in_their_own_order(tmp_path: Path) -> None:
         ("file,label\n1.jpg,a\n2.jpg,b\n", {"columns": {"labels": "label"}}, "columns has labels: give file, label or"),
         ("file,label\n1.jpg,a\n2.jpg,b\n", {"group_column": "patient"}, "has no column patient"),
         ("file,label\n1.jpg,a\n2.jpg,b\n", {"classes": ["a", "x"]}, "has the classes a, not x"),
-        ("a,b\n1.jpg,a\n", {"columns": {"file": "a"}}, r"has the columns a, b: name one, columns: \{label"),
+        (
+            "a,b\n1.jpg,a\n",
+            {"columns": {"file": "a"}},
+            r"has the columns a, b: name that of the labels, columns: \{label",
+        ),
+        ("a,b\nx,cat\ny,cat\n", {"columns": {}}, r"has the columns a, b: name that of the files, columns: \{file"),
     ],
 )
 def test_table__what_does_not_fit_is_refused_in_one_line(
@@ -208,6 +213,20 @@ def test_table__what_does_not_fit_is_refused_in_one_line(
     with pytest.raises(MisconfigurationException, match=message) as error:
         found(made(tmp_path, table), **options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("columns", ["fname,label", "Bild,Klasse", "breed,photo of it"])
+def test_table__a_column_of_photos_is_known_by_what_it_holds(columns: str, tmp_path: Path) -> None:
+    rows = zip(FILES, CAT_DOG, strict=True)
+    lines = [f"{name},{file}" if columns.startswith("breed") else f"{file},{name}" for file, (name,) in rows]
+    result = found(made(tmp_path, "\n".join([columns, *lines])))
+    assert labels(result) == {"train": CAT_DOG}
+    assert [photo.file.name for photo in result.splits["train"]] == list(FILES)
+
+
+def test_table__a_column_of_addresses_is_none_of_photos(tmp_path: Path) -> None:
+    made(tmp_path, "from,label\nhttps://a.org/1.jpg,cat\nhttps://a.org/2.jpg,dog\n")
+    assert find_in_tables(tmp_path, tables_in(tmp_path), Rules()) is None
 
 
 def test_table__bytes_that_are_no_utf_8_are_refused(tmp_path: Path) -> None:
@@ -259,6 +278,15 @@ def test_module__a_table_without_labels_leaves_the_folders_to_say_them(tmp_path:
     assert data.class_names == ["a", "b"]
     assert data.found is not None
     assert "metadata.csv has no columns of files and labels and is not used" in data.found
+
+
+def test_module__a_table_that_was_named_is_one_of_photos(tmp_path: Path) -> None:
+    root = photos(tmp_path, "photo no.,kind\n1,cat\n2,cat\n3,dog\n4,dog\n")
+    with pytest.raises(MisconfigurationException, match=r"has the columns photo no., kind: name that of the files"):
+        ImageFolderData(str(root), labels="labels.csv").setup("fit")
+    data = ImageFolderData(str(root), labels="labels.csv", columns={"file": "photo no."}, val_fraction=0.5)
+    data.setup("fit")
+    assert data.class_names == ["cat", "dog"]
 
 
 def test_module__groups_by_a_column_stay_together(tmp_path: Path) -> None:
