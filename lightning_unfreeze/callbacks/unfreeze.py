@@ -291,11 +291,11 @@ class GradualUnfreeze(Conductor):
 
     def start_stage(self, trainer: pl.Trainer, pl_module: pl.LightningModule, run: StageRun) -> None:
         """Sets the rates of the stage, and says what trains in it."""
+        param_groups = trainer.optimizers[0].param_groups if self._sets_rates(trainer) else []
         # not in `make_ready`: on resume the optimizer's param groups, rates included, are loaded after that
-        if self._sets_rates(trainer) and not (run.resumed and self._loaded is not None):
-            self.what_trains.set_rates(trainer.optimizers[0].param_groups, run.stage)
-        place = f"stage {run.index + 1}/{len(self.stages)} {run.stage.name!r}"
-        rank_zero_info(f"{place}: {self.what_trains.said(run.stage)}")
+        if not (run.resumed and self._loaded is not None):
+            self.what_trains.set_rates(param_groups, run.stage)
+        rank_zero_info(f"stage {run.index + 1}/{len(self.stages)} {self.what_trains.said(run.stage, param_groups)}")
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer

@@ -112,7 +112,7 @@ class WhatTrains:
         for group, peak in zip(param_groups, self.peaks(param_groups, stage), strict=True):
             set_peak_lr(group, peak)
 
-    def peaks(self, param_groups: Sequence[dict[str, Any]], stage: Stage) -> list[float]:
+    def peaks(self, param_groups: Sequence[Mapping[str, Any]], stage: Stage) -> list[float]:
         """The peak of each param group in `stage`, see `set_rates`."""
         chosen, ratios = self.trained(stage), self.ratios(stage)
         peaks = []
@@ -131,16 +131,30 @@ class WhatTrains:
         rates = [peak for group, peak in peaks if scales.intersection(group["params"])]
         return 0.0 if stage.lr == "find" else min(rates, default=0.0)
 
-    def said(self, stage: Stage) -> str:
-        """What trains, in words."""
+    def said(self, stage: Stage, param_groups: Sequence[Mapping[str, Any]]) -> str:
+        """What trains, in words; and at which peak rates, where `param_groups` get theirs from the plan."""
         trained = self.trained(stage)
         count = sum(p.numel() for name in trained for p in self.groups[name].parameters() if p.requires_grad)
         epochs = f"{stage.num_epochs} epoch{'s' if stage.num_epochs > 1 else ''}"
         below = [name for name in select(self.groups, stage.train) if name not in trained]
         kept = f", keeps {', '.join(below)} frozen (their rates lie below {self.freeze_below:g})" if below else ""
-        return (
-            f"trains {', '.join(trained)} ({count:,} parameters) for {'at most ' if stage.until else ''}{epochs}{kept}"
-        )
+        length = f"{'at most ' if stage.until else ''}{epochs}"
+        rates = self._rates_said(stage, param_groups)
+        return f"{stage.name!r}: trains {', '.join(trained)} ({count:,} parameters) for {length}{rates}{kept}"
+
+    def _rates_said(self, stage: Stage, param_groups: Sequence[Mapping[str, Any]]) -> str:
+        """The highest peak of the first and the last layer group that train; nothing where a range test will tell."""
+        rates: dict[str, float] = {}
+        for group, peak in zip(param_groups, self.peaks(param_groups, stage), strict=True):
+            name = layer_group_of(group)
+            rates[name] = max(peak, rates.get(name, 0.0))
+        trained = [name for name in self.trained(stage) if name in rates]
+        if not trained or stage.lr == "find" or stage.solve is True:
+            return ""
+        first, last = trained[0], trained[-1]
+        if rates[first] == rates[last]:
+            return f" at lr {rates[last]:.3g}"
+        return f" at lr {rates[first]:.3g} ({first}) to {rates[last]:.3g} ({last})"
 
     def parameter_names(self) -> dict[str, list[str]]:
         """Layer group -> names of its parameters: what a checkpoint of the same module has, too."""

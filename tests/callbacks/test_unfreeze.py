@@ -315,6 +315,31 @@ def test_unfreeze__logs_stage_and_rates_beside_a_rate_monitor(tmp_path: Any) -> 
         assert "stage_0: head" in file.read()
 
 
+def test_unfreeze__says_the_rates_of_each_stage(caplog: pytest.LogCaptureFixture) -> None:
+    plan = [
+        Stage("head", train="head", epochs=1, lr=1e-2),
+        Stage("top", train=2, epochs=1, lr=1e-2, lr_span=1 / 4),  # of the groups 0, 1, head the first stays frozen
+        Stage("full", epochs=1, lr=1e-3, lr_span=1e-5 / 1e-3),  # fastai's slice(1e-5, 1e-3)
+        Stage("found", epochs=1, lr="find"),
+    ]
+    trainer = quiet_trainer([GradualUnfreeze(plan), LRFinderPerStage()])
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        trainer.fit(user_module(), loader())
+    said = [line for line in caplog.messages if line.startswith("stage ") and " trains " in line]
+    assert [line.partition("for 1 epoch")[2] for line in said] == [
+        " at lr 0.01",
+        " at lr 0.005 (1) to 0.01 (head)",
+        " at lr 1e-05 (0) to 0.001 (head)",
+        "",
+    ]
+
+
+def test_unfreeze__says_no_rates_that_the_plan_does_not_set(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        quiet_trainer([GradualUnfreeze(list(HEAD_THEN_ALL))]).fit(user_module(), loader())
+    assert "trains 0, 1, head" in caplog.text and "at lr" not in caplog.text
+
+
 @pytest.mark.parametrize("log_every", [0, 50])
 def test_unfreeze__a_logger_that_is_never_due_is_no_error(tmp_path: Any, log_every: int) -> None:
     with warnings.catch_warnings():
