@@ -2,12 +2,15 @@
 
     python benchmarks/below_rise.py --data DATA --out cells.jsonl           # measures the cells that the file lacks
     python benchmarks/below_rise.py --out cells.jsonl --report              # only the table, with today's rule
+    python benchmarks/below_rise.py --data DATA --out warmed.jsonl --warmup 0 0.1 0.3 --rates 3e-4 1e-3 2e-3
 
 A cell is a set, training images a class, a batch size and a seed. Its network starts from a head that is solved on
 four views an image, with the statistics of BatchNorm kept and a span of 1/9 over the layer groups, as in the recipes. A
 range test (100 steps from 1e-6 to 1) gives the rate at which the loss rises; then every rate of a grid is trained from
 the same weights: for 12, 25 and 50 steps (a short trial) and for the epochs of a stage, each with one cosine to zero.
 All is judged on validation images; no other set than monkeys10 and rsscn7 is read.
+
+With `--warmup` only the long trainings are run, with so much of the cosine spent on a linear rise to each of `--rates`.
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +33,7 @@ from torch.nn import functional as F
 from lightning_unfreeze.callbacks.lr_finder import RangeTest
 from lightning_unfreeze.features.solve import HeadRows, solve_head
 from lightning_unfreeze.stages.range_test_rules import debiased_ema, diverged, exponential_ramp
+from lightning_unfreeze.stages.schedules import cosine_restarts
 
 recipe_choice.SIZE, recipe_choice.STORED = 96, 112
 SPAN, BACKBONE = 1 / 9, "mobilenetv2_035"
@@ -83,11 +86,18 @@ def range_test(network: nn.Module, train: Images, batch: int, seed: int) -> tupl
 
 
 def trained(
-    network: nn.Module, train: Images, val: Images, rate: float, num: int, batch: int, seed: int
+    network: nn.Module,
+    train: Images,
+    val: Images,
+    rate: float,
+    num: int,
+    batch: int,
+    seed: int,
+    warmup: float = 0.0,
 ) -> tuple[float, float]:
     """Validation accuracy and loss after so many steps."""
     network = copy.deepcopy(network)
-    cosine = [rate * 0.5 * (1 + math.cos(math.pi * step / num)) for step in range(num)]
+    cosine = [rate * cosine_restarts(float(step), num, warmup=warmup) for step in range(num)]
     for _ in steps(network, train, batch, seed, cosine):
         pass
     return scores(network, *val)
@@ -114,13 +124,23 @@ def solved(network: Any, train: Images, val: Images, seed: int) -> None:
         head.bias.copy_(found.bias)
 
 
-def measure(sets: recipe_choice.Sets, cell: tuple[str, int | None, int, int]) -> dict[str, Any]:
-    name, per_class, batch, seed = cell
-    start = time.perf_counter()
+Cell = tuple[str, "int | None", int, int]
+
+
+def start_of(sets: recipe_choice.Sets, cell: Cell) -> tuple[nn.Module, Images, Images]:
+    """The network with its solved head, the training images, the validation images."""
+    name, per_class, _, seed = cell
     torch.manual_seed(seed)
     train, val = sets.train({"data": name, "per_class": per_class, "seed": seed}), sets.images(name, "val")
     network = make_network(sets.root, BACKBONE, int(val[1].max()) + 1)
     solved(network, train, val, seed)
+    return network, train, val
+
+
+def measure(sets: recipe_choice.Sets, cell: Cell) -> dict[str, Any]:
+    _, per_class, batch, seed = cell
+    start = time.perf_counter()
+    network, train, val = start_of(sets, cell)
     row: dict[str, Any] = {"key": cell, "n": len(train[0]), "start": scores(network, *val)}
     row["ramp"] = range_test(network, train, batch, seed)
     row["trials"] = {
@@ -129,6 +149,28 @@ def measure(sets: recipe_choice.Sets, cell: tuple[str, int | None, int, int]) ->
     num = epochs_of(per_class) * (len(train[0]) // batch)
     row["grid"] = {f"{rate:g}": trained(network, train, val, rate, num, batch, seed) for rate in GRID}
     return row | {"seconds": time.perf_counter() - start}
+
+
+def measure_warmed(sets: recipe_choice.Sets, cell: Cell, shares: list[float], rates: list[float]) -> dict[str, Any]:
+    network, train, val = start_of(sets, cell)
+    num = epochs_of(cell[1]) * (len(train[0]) // cell[2])
+    scored = {
+        f"{share:g},{rate:g}": trained(network, train, val, rate, num, cell[2], cell[3], share)
+        for share in shares
+        for rate in rates
+    }
+    return {"key": cell, "n": len(train[0]), "warmed": scored}
+
+
+def report_warmed(rows: list[dict[str, Any]]) -> str:
+    columns = sorted({tuple(map(float, name.split(","))) for row in rows for name in row["warmed"]})
+    head = ["set", "images a class", "seed", *(f"{share:g}, {rate:g}" for share, rate in columns)]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        cells = [row["warmed"].get(f"{share:g},{rate:g}") for share, rate in columns]
+        shown = ["" if cell is None else f"{100 * cell[0]:.1f}, {cell[1]:.2f}" for cell in cells]
+        lines.append([row["key"][0], str(row["key"][1] or "all"), str(row["key"][3]), *shown])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 COLUMNS = (
@@ -170,6 +212,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--most", type=int, help="cells at most, for a check of the script")
+    parser.add_argument("--warmup", type=float, nargs="*", help="shares of the cosine; then no range test, no trials")
+    parser.add_argument("--rates", type=float, nargs="*", default=GRID)
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
     rows = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
@@ -177,10 +221,11 @@ def main() -> None:
         torch.set_num_threads(1)
         sets, done = recipe_choice.Sets(options.data, torch.device("cpu")), {tuple(row["key"]) for row in rows}
         for cell in [cell for cell in CELLS if cell not in done][: options.most]:
-            rows.append(measure(sets, cell))
+            warmed = options.warmup is not None
+            rows.append(measure_warmed(sets, cell, options.warmup, options.rates) if warmed else measure(sets, cell))
             with options.out.open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
-    print(report(rows))
+    print(report_warmed(rows) if rows and "warmed" in rows[0] else report(rows))
 
 
 if __name__ == "__main__":

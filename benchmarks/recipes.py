@@ -131,7 +131,8 @@ class Setting:
 
     def scores(self, module: Any) -> dict[str, float]:
         """Accuracy and NLL on validation images, and on test images where there are any."""
-        data, device = self.data(augmentation="none"), torch.device(self.options.accelerator_device)
+        device = torch.device(self.options.accelerator_device)
+        data = self.data(augmentation="none", data_config=module.data_config)
         module.to(device).eval()
         found = {}
         for split in ("val", "test"):
@@ -240,7 +241,8 @@ def logistic_arm(setting: Setting) -> dict[str, float]:
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
-    module, data = setting.module().eval(), setting.data(augmentation="none", cache=None)
+    module = setting.module().eval()
+    data = setting.data(augmentation="none", cache=None, data_config=module.data_config)
     device = torch.device(setting.options.accelerator_device)
     network = module.model.to(device)
 

@@ -130,7 +130,7 @@ def _callbacks(
         GradualUnfreeze(stages, network, train_bn=train_bn, scheduler=scheduler, early_stopping=early_stopping),
         PrecomputeFeatures(num_views=4),
         LRFinderPerStage(),
-        CosineRestarts(),
+        CosineRestarts(warmup=0.1),
         BestWeights(restore=True),
         TTAEval(),
     ]
