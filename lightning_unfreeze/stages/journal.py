@@ -103,6 +103,8 @@ class StageJournal:
         """Prints which file holds which weights, and what they score: of `ModelCheckpoint`, and the rows given."""
         if not trainer.is_global_zero or trainer.fast_dev_run or trainer.progress_bar_callback is None:  # type: ignore[attr-defined]
             return
+        if not (self._rows or trainer.global_step):  # a look at the plan alone
+            return
         fresh, name = self._metric and self._metric[-1][0] == trainer.global_step, metric_name(trainer)
         # what callbacks read: after a stage that went back to its best it is of those weights, not of the last step's
         now = trainer.callback_metrics.get(name)

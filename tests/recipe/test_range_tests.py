@@ -62,6 +62,14 @@ def test_range_tests__of_all_stages_where_none_asks() -> None:
         range_tests(quiet_trainer([finder()]), UserModule(), DATA)
 
 
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but")
+def test_range_tests__tell_of_no_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = quiet_trainer([GradualUnfreeze([Stage("a", epochs=1)]), finder()], enable_progress_bar=True)
+    range_tests(trainer, UserModule(), DATA)
+    said = capsys.readouterr()
+    assert "range test of stage 'a'" in said.err and "as trained" not in said.out
+
+
 @pytest.mark.pictures
 @pytest.mark.slow
 def test_cli__lr_find_prints_the_rates_and_keeps_the_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
