@@ -670,8 +670,38 @@ def test_merge__joins_shards_and_halves_by_their_seeds(tmp_path: Path) -> None:
         assert joined.joined is not None and joined.joined.verdict().text == whole.verdict().text
         assert results(tmp_path / "joined" / parts[0].name / "runs.jsonl") == results(tmp_path / "whole/runs.jsonl")
         assert load_study(tmp_path / "joined" / parts[0].name).info.planned_seeds == tuple(range(6))
-    with pytest.raises(ValueError, match=r"overlap: both hold \S+, seed"):
-        merge_studies([halves[0], tmp_path / "whole"], tmp_path / "out")
+    again = merge_studies(shards, tmp_path / "joined" / "shard1").joined
+    assert again is not None and len((tmp_path / "joined/shard1/runs.jsonl").read_text().splitlines()) == 12
+
+
+@pytest.mark.usefixtures("quick")
+def test_merge__refuses_what_is_no_part_and_touches_nothing(tmp_path: Path) -> None:
+    halves = [tmp_path / f"half{place}" for place in (1, 2)]
+    for place in (0, 1):
+        study(halves[place], seeds=range(2 * place, 2 * place + 2)).run()
+    study(tmp_path / "whole", seeds=4).run()
+    study(
+        tmp_path / "other",
+        seeds=range(2, 4),
+        margin=2.0,
+        recipe=dataclasses.replace(RECIPE, cycle_mult=RECIPE.cycle_mult + 1),
+    ).run()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.json*")}
+    one, two, whole, other, out = *halves, tmp_path / "whole", tmp_path / "other", tmp_path / "out"
+    for folders, target, says in (
+        ([one, two, tmp_path / "out" / ".." / "half1"], out, r"half1 is given twice \(as \S+half1\)"),
+        ([one, whole], out, r"overlap: both hold \S+, seed 0 \(one is a copy of the other, or holds it\)"),
+        ([one, other], out, r"another margin, recipe.cycle_mult \(margin: 1.0 there, 2.0 here; recipe.cycle_mult: "),
+        ([one, two], two, "is one of the folders to join"),
+        ([one, two], other, r"holds a study with another margin, recipe.cycle_mult \(margin: 2.0 there, 1.0 here"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            merge_studies(folders, target)
+    study(tmp_path / "more", seeds=range(4, 6)).run()
+    before |= {path: path.read_bytes() for path in (tmp_path / "more").rglob("*.json*")}
+    with pytest.raises(ValueError, match=r"holds runs that none of the folders holds, such as \S+, seed 4"):
+        merge_studies([one, two], tmp_path / "more")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.json*")} == before
 
 
 @pytest.mark.usefixtures("quick")

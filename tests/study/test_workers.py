@@ -164,6 +164,37 @@ def test_processes__a_killed_ones_run_is_made_again(tmp_path: Path, monkeypatch:
         list(runs_of(made_up_tasks(8), log, Workers(n_jobs=2)))
 
 
+@needs_fork
+def test_processes__end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    told = tmp_path / "pid"
+
+    def worker() -> None:
+        parent = os.getppid()
+        assert workers.made_for(parent, lambda run: run, "made") == "made"  # type: ignore[arg-type, return-value]
+        told.write_text(str(os.getpid()))
+        time.sleep(HANGS_SECONDS)
+
+    def start() -> None:
+        fork(worker)
+        time.sleep(HANGS_SECONDS)
+
+    starting = fork(start)
+    pid = int(until(lambda: told.exists() and told.read_text()))
+    time.sleep(1.5 * workers._PARENT_SECONDS)
+    os.kill(pid, 0)  # it lives as long as its parent
+    starting.kill()
+    starting.wait()
+    until(lambda: not is_alive(pid))
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process that is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 # --- several processes in one folder ---------------------------------------------------------------------------------
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,16 +48,35 @@ def refuse_other_settings(folder: Path, before: Stored, asked: Stored) -> None:
     """Refuse to go on in a folder with anything that would give other runs, or other looks at them.
 
     Raises:
-        ValueError: Naming what differs.
+        ValueError: Naming what differs, with both values.
     """
-    names = sorted({*before.settings, *asked.settings})
-    changed = [name for name in names if before.settings.get(name) != asked.settings.get(name)]
-    changed += ["looks"] if before.info.looks != asked.info.looks else []
+    changed = differences(before, asked)
     if changed:
         raise ValueError(
-            f"out={str(folder)!r} holds a study with another {', '.join(changed)}: give another folder, or the "
-            "settings that it was started with."
+            f"out={str(folder)!r} holds a study with another {changed}: give another folder, or the settings that it "
+            "was started with."
         )
+
+
+def differences(one: Stored, other: Stored) -> str:
+    """Return what would give other runs, or other looks at them: names, then both values of each; empty for nothing.
+
+    >>> info = StudyInfo("pets", 8, 8, "resnet18", "ImageNet", margin=1.0, match="flops")
+    >>> differences(Stored({"recipe": {"cycle_len": 1}}, info), Stored({"recipe": {"cycle_len": 2}}, info))
+    'recipe.cycle_len (recipe.cycle_len: 1 there, 2 here)'
+    """
+    before, asked = ({**stored.settings, "looks": list(stored.info.looks)} for stored in (one, other))
+    found = dict(_differences(before, asked))
+    return f"{', '.join(found)} ({'; '.join(f'{name}: {words}' for name, words in found.items())})" if found else ""
+
+
+def _differences(one: Mapping[str, Any], other: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    for name in sorted({*one, *other}):
+        there, here = one.get(name), other.get(name)
+        if isinstance(there, Mapping) and isinstance(here, Mapping):
+            yield from _differences(there, here, f"{above}{name}.")
+        elif there != here:
+            yield above + name, f"{reprlib.repr(there)} there, {reprlib.repr(here)} here"
 
 
 def claim_folder(folder: Path, asked: Stored, keep_plan: bool) -> Stored:

@@ -6,10 +6,12 @@ the next one. A worker that dies has its run made again elsewhere; when no worke
 
 from __future__ import annotations
 
+import functools
 import importlib
+import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ DEATHS = 3
 NO_WORKER_SECONDS = 45.0
 CONNECT_SECONDS = 30
 _LOOK_SECONDS = 5.0
+_PARENT_SECONDS = 1.0
 _one_at_a_time = threading.Lock()
 
 
@@ -86,7 +89,10 @@ class Workers:
             register_ray()
         with joblib.parallel_config(backend=self.backend, n_jobs=self.n_jobs):
             streams = joblib.parallel.get_active_backend()[0].supports_return_generator
-            call = joblib.delayed(execute_on_worker)
+            make: Callable[..., RunRecord] = execute_on_worker
+            if self.backend == "loky":  # Ray's workers have another parent
+                make = functools.partial(made_for, os.getpid(), execute_on_worker)
+            call = joblib.delayed(make)
             if streams:
                 with joblib.Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs") as parallel:
                     yield from parallel(call(task, bench, costs, self.runs_per_gpu) for task in tasks)
@@ -164,6 +170,24 @@ def execute_on_worker(task: Task, bench: Bench, costs: Costs, runs_per_gpu: int)
     with _one_at_a_time:
         take_gpu(runs_per_gpu)
         return execute(task, bench, costs)
+
+
+def made_for(process: int, make: Callable[..., RunRecord], *arguments: Any) -> RunRecord:
+    """Make a run in a process that another one started, and that ends when that one is gone."""
+    _end_with(process)
+    return make(*arguments)
+
+
+@functools.cache
+def _end_with(process: int) -> None:
+    """End this process with the one that started it: loky's workers outlive a killed one, with memory and GPU."""
+
+    def watch() -> None:
+        while os.getppid() == process:
+            time.sleep(_PARENT_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def without_deaths(made: Iterator[RunRecord], deaths: list[int]) -> Iterator[RunRecord]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -14,10 +13,10 @@ import pandas as pd
 
 from lightning_unfreeze.study.judge import across
 from lightning_unfreeze.study.judge import statistics as st
-from lightning_unfreeze.study.judge.analysis import Analysis, in_order
+from lightning_unfreeze.study.judge.analysis import Analysis, StudyInfo, in_order
 from lightning_unfreeze.study.judge.words import interval_words, outcome_words, percent
-from lightning_unfreeze.study.runs.folder import Stored, stored_study
-from lightning_unfreeze.study.runs.records import RunLog
+from lightning_unfreeze.study.runs.folder import Stored, differences, refuse_other_settings, stored_study
+from lightning_unfreeze.study.runs.records import RunLog, RunRecord
 from lightning_unfreeze.study.show.merge_plots import critical_difference, merged_forest
 from lightning_unfreeze.study.show.result import StudyResult, load_study
 
@@ -59,7 +58,8 @@ def merge_studies(folders: Sequence[str | os.PathLike[str]], out: str | os.PathL
         out: Where to write.
 
     Raises:
-        ValueError: Parts that overlap, one study twice, fewer than two data sets, or other references.
+        ValueError: A folder twice, parts that overlap or have other settings, fewer than two data sets, other
+            references, or an `out` that holds something else.
     """
     studies = _joined([Path(folder) for folder in folders], Path(out))
     if len(studies) == 1 and len(folders) > 1:
@@ -67,13 +67,11 @@ def merge_studies(folders: Sequence[str | os.PathLike[str]], out: str | os.PathL
         text = study.write(Path(out) / "report").text
         return MergedStudy(pd.DataFrame(), {}, {}, None, (), text, study)
     analyses = [Analysis(study.records, study.info) for study in studies]
-    names = [_label(analysis) for analysis in analyses]
     sets = {analysis.info.dataset for analysis in analyses}
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if len(sets) < 2 or twice:
+    if len(sets) < 2:
         raise ValueError(
-            f"got studies of {names}{', ' + ', '.join(twice) + ' more than once' if twice else ''}: merging is about "
-            "two or more data sets; give each study its name (dataset=..., condition=...)."
+            f"got studies of {list(map(_label, (study.info for study in studies)))}: merging is about two or more data "
+            "sets, or parts of one study; give each study its name (dataset=..., condition=...)."
         )
     references = sorted({analysis.info.reference for analysis in analyses})
     if len(references) > 1:
@@ -99,41 +97,70 @@ def merge_studies(folders: Sequence[str | os.PathLike[str]], out: str | os.PathL
 
 def _joined(folders: Sequence[Path], out: Path) -> list[StudyResult]:
     """Return the studies that the folders hold, parts of one joined; a single joined one is written to `out`."""
-    groups: dict[str, list[Path]] = {}
-    stored = {folder: stored_study(folder) or Stored({}, load_study(folder).info) for folder in folders}
+    places: dict[Path, Path] = {}
     for folder in folders:
-        info = stored[folder].info
-        same = [stored[folder].settings, info.dataset, info.architecture, info.condition]
-        groups.setdefault(json.dumps(same, sort_keys=True), []).append(folder)
-    studies = []
-    for parts in groups.values():
-        results = [load_study(part) for part in parts]
-        owners: dict[tuple[str, int], Path] = {}
-        for part, result in zip(parts, results, strict=True):
-            for record in result.records:
-                other = owners.setdefault((record.arm, record.seed), part)
-                if other != part:
-                    raise ValueError(
-                        f"{other} and {part} are parts of one study, {result.info.dataset}, and overlap: both hold "
-                        f"{record.arm}, seed {record.seed}. One study is given more than once, or its parts were not "
-                        "made for other seeds or shards."
-                    )
-        seeds = dict.fromkeys(seed for result in results for seed in result.info.planned_seeds)
-        arms = in_order({arm for result in results for arm in result.info.arms})
-        info = replace(results[0].info, planned_seeds=tuple(seeds), arms=arms)
-        studies.append(StudyResult(tuple(record for result in results for record in result.records), info))
+        if folder.resolve() in places:
+            raise ValueError(f"{folder} is given twice (as {places[folder.resolve()]}): give each folder once.")
+        places[folder.resolve()] = folder
+    stored = {folder: stored_study(folder) or Stored({}, load_study(folder).info) for folder in folders}
+    groups: dict[str, list[Path]] = {}
+    for folder in folders:
+        parts = groups.setdefault(_label(stored[folder].info), [])
+        changed = differences(stored[parts[0]], stored[folder]) if parts else ""
+        if changed:
+            raise ValueError(
+                f"{folder} and {parts[0]} are both studies of {_label(stored[folder].info)}, but no parts of one, with "
+                f"another {changed}, where 'there' is {parts[0]}. Merge one of them, or start the study of one with a "
+                "condition=... that says what sets it apart."
+            )
+        parts.append(folder)
+    studies = [_study_of(parts, stored) for parts in groups.values()]
     if len(studies) == 1 and len(folders) > 1:
-        Stored(stored[folders[0]].settings, studies[0].info).write(out)
-        log = RunLog(out / "runs.jsonl")
-        known = log.by_key()
-        for record in studies[0].records:
-            if record.key not in known:
-                log.append(record)
+        _write_joined(studies[0], Stored(stored[folders[0]].settings, studies[0].info), folders, out)
     return studies
 
 
-def _label(analysis: Analysis) -> str:
-    info = analysis.info
+def _study_of(parts: Sequence[Path], stored: Mapping[Path, Stored]) -> StudyResult:
+    """Return the study that these parts are together."""
+    records: dict[tuple[str, int], tuple[Path, RunRecord]] = {}
+    for part in parts:
+        for record in load_study(part).records:
+            other, known = records.setdefault((record.arm, record.seed), (part, record))
+            if other != part:
+                same = known.to_line() == record.to_line()
+                why = "one is a copy of the other, or holds it" if same else "each made it for itself"
+                raise ValueError(
+                    f"{other} and {part} are parts of one study, {stored[part].info.dataset}, and overlap: both hold "
+                    f"{record.arm}, seed {record.seed} ({why}). Give every run once: parts of other seeds or shards."
+                )
+    infos = [stored[part].info for part in parts]
+    seeds = dict.fromkeys(seed for info in infos for seed in info.planned_seeds)
+    arms = in_order({arm for info in infos for arm in info.arms})
+    info = replace(infos[0], planned_seeds=tuple(seeds), arms=arms)
+    return StudyResult(tuple(record for _, record in records.values()), info)
+
+
+def _write_joined(study: StudyResult, joined: Stored, folders: Sequence[Path], out: Path) -> None:
+    """Write a joined study to a folder of its own, which may hold it from an earlier time, but nothing else."""
+    before, log = stored_study(out), RunLog(out / "runs.jsonl")
+    if out.resolve() in {folder.resolve() for folder in folders}:
+        raise ValueError(f"out={str(out)!r} is one of the folders to join: give a folder of its own (--out).")
+    if before is not None:
+        refuse_other_settings(out, before, joined)
+    known, keys = log.by_key(), {record.key for record in study.records}
+    if known.keys() - keys:
+        extra = next(record for key, record in known.items() if key not in keys)
+        raise ValueError(
+            f"out={str(out)!r} holds runs that none of the folders holds, such as {extra.arm}, seed {extra.seed}: give "
+            "another --out, or the folder among those to join and a new --out."
+        )
+    joined.write(out)
+    for record in study.records:
+        if record.key not in known:
+            log.append(record)
+
+
+def _label(info: StudyInfo) -> str:
     return " · ".join(part for part in (info.dataset, info.architecture, info.condition) if part)
 
 
@@ -207,7 +234,7 @@ def _text(
     sets, reference = list(dict.fromkeys(a.info.dataset for a in analyses)), analyses[0].info.reference
     margin = analyses[0].info.margin
     lines = [f"# {len(sets)} data sets, {len(analyses)} studies together: {', '.join(sets)}", ""]
-    notes = [f"{_label(a)}: {a.look.note}" for a in analyses if a.look.note]
+    notes = [f"{_label(a.info)}: {a.look.note}" for a in analyses if a.look.note]
     lines += [*(f"> **{note}**" for note in notes), *([""] if notes else [])]
     for primary in sorted({analysis.info.primary for analysis in analyses}):
         if primary in merged:
@@ -230,7 +257,7 @@ def _text(
         lines += _merged_table(shifted, margin, "On shifted images (secondary)")
     lines += ["", "![Effects per study and merged](effects.png)", ""]
     plain = effects[~effects["shifted"]]
-    labels = list(dict.fromkeys(map(_label, analyses)))
+    labels = list(dict.fromkeys(_label(analysis.info) for analysis in analyses))
     arms = in_order(plain["arm"].unique())
     lines += [f"| study | {reference}, % | {' | '.join(arms)} |", "|---|---|" + "---|" * len(arms)]
     for label, analysis in zip(labels, analyses, strict=True):
