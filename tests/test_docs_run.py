@@ -11,11 +11,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import timm
 
 from lightning_unfreeze import DigitsData, TransferClassifier
-from lightning_unfreeze.cli import main
+from lightning_unfreeze.cli import main, rank
+from tests.study.test_runner import fake_study
 from tests.test_cli import photos
-from tests.test_docs import PAGES
+from tests.test_docs import PAGES, REPO
 
 ELSEWHERE = {"clusters": "needs a cluster", "study": "takes minutes; notebooks/03 runs one"}
 WITHOUT_WEIGHTS = ["--model.backbone=test_resnet", "--model.pretrained=false"]
@@ -97,6 +99,61 @@ def test_command__is_taken(
             main(["fit" if command in ("plan", "lr-find") else command, *options, "--print_config"])
     assert stop.value.code == 0, capsys.readouterr().err
     assert capsys.readouterr().out.strip()
+
+
+@pytest.fixture
+def studies(workplace: Path) -> Path:
+    """The config that the page of the study shows, finished studies, and one of them in two parts."""
+    (workplace / "study.yaml").write_text(blocks(REPO / "docs" / "study.md", "yaml")[0])
+    if (workplace / "runs" / "study").exists():
+        return workplace
+    for name in ("pets", "cars", "study"):
+        fake_study(workplace / "runs" / name, name, {"skip34@flops": [0.1, -0.1, 0.2, -0.2, 0.0, 0.1]})
+    lines = (workplace / "runs" / "study" / "runs.jsonl").read_text().splitlines(keepends=True)
+    for place in (0, 1):
+        shard = shutil.copytree(workplace / "runs" / "study", workplace / f"shard-{place + 1}")
+        (shard / "runs.jsonl").write_text("".join(lines[place::2]))
+    return workplace
+
+
+@pytest.mark.parametrize("line", [line for line in commands() if " study " in line])
+def test_study_command__is_taken(
+    line: str, studies: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`report` and `merge` run, `plan` of the page's own config too; of the others the options are read."""
+    monkeypatch.chdir(studies)
+    command, *options = shlex.split(line)[2:]
+    if command in ("report", "merge"):
+        # what the shell makes of `shard-*/`
+        paths = [path for word in options for path in (sorted(map(str, Path().glob(word))) or [word])]
+        main(["study", command, *paths])  # and exits with 0: equal within the margin
+        said = capsys.readouterr().out
+        assert ("2 data sets" if "cars" in line else "Verdict: ") in said
+        return
+    if [command, *options] == ["plan", "--config", "study.yaml"]:
+        main(["study", "plan", *options])
+        assert "skip34@flops (primary)" in capsys.readouterr().out
+        return
+    with pytest.raises(SystemExit) as stop:
+        main(["study", command, *options, "--print_config"])
+    assert stop.value.code == 0, capsys.readouterr().err
+    assert "seeds: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", [line for line in commands() if " rank " in line])
+def test_rank_command__is_taken(
+    line: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All but the backbones themselves, whose weights would have to be downloaded."""
+
+    def small(backbone: str, num_classes: int, pretrained: bool | str) -> TransferClassifier:
+        assert timm.is_model(backbone) and pretrained
+        return TransferClassifier("test_resnet", num_classes, pretrained=False)
+
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(rank, "TransferClassifier", small)
+    main(["rank", *shlex.split(line)[2:], "--image_size_px=32"])
+    assert "resnet18" in capsys.readouterr().out
 
 
 def test_commands__are_found() -> None:
