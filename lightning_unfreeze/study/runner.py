@@ -153,9 +153,10 @@ class Study:
             raise ValueError(
                 f"margin={margin}: give the accuracy difference (points) that does not matter to you, > 0."
             )
-        for name, value in (("tuning_seeds", tuning_seeds), ("threads", threads)):
-            if value < 1:
-                raise ValueError(f"{name}={value}: give 1 or more.")
+        least = {"tuning_seeds": (tuning_seeds, 1), "threads": (threads, 1), "find_steps": (find_steps, 20)}
+        for name, (value, lowest) in (least | {"distortion_images": (distortion_images, 2)}).items():
+            if value < lowest:
+                raise ValueError(f"{name}={value}: give {lowest} or more.")
         if match not in ("flops", "images", "epochs"):
             raise ValueError(f"match={match!r} is none of 'flops', 'images', 'epochs'.")
         self.looks = parse_looks(looks, len(self.seeds), self.auto_seeds)
@@ -202,7 +203,9 @@ class Study:
         # the programs do not depend on FLOPs, but for the length of cycles: one look at the kinds, then the fit
         shapes = make_arms(built, self.recipe, groups, lambda stages: 1.0)
         stages = [*self.recipe.stages, *(stage for arm in [*shapes, *self.own_arms.values()] for stage in arm.stages)]
-        stages += [dataclasses.replace(stage, precompute=False) for stage in stages]
+        stages += [
+            dataclasses.replace(stage, precompute=False, solve=False) for stage in stages if stage.solve is not True
+        ]
         looks = TTAEval(views=self.bench.views, augmentation=None).num_views
         costs = measure_costs(
             {kind_of(stage): stage for stage in stages}.values(),

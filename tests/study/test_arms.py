@@ -38,7 +38,7 @@ def arms(*names: str, recipe: Recipe | None = None, groups: list[str] = GROUPS) 
     return make_arms(names, recipe or Recipe(), groups, flops)
 
 
-# what trains and for how many epochs: C stored head, F head, U everything, or the groups by name
+# what trains and for how many epochs: C stored head, S solved head, F head, U everything, or the groups by name
 PROGRAMS = {
     "full9": "C2 F1+1+1 U1+2+4",
     "skip3": "F1+1+1 U1+2+4",
@@ -53,6 +53,7 @@ PROGRAMS = {
     "no_lr_find": "C2 F1+1+1 U1+2+4",
     "lp_only": "C2 F1+1+1+1+1+1+1+1+1+1",
     "lp_ft": "C30 U1+2+4",
+    "solved_ft": "S1 U1+2+4",
     "surgical_first": "C5 stem:1+2+4",
     "surgical_middle": "C5 layer2:1+2+4",
     "surgical_last": "C5 layer4:1+2+4",
@@ -67,7 +68,7 @@ PROGRAMS = {
 def program(arm: Arm) -> str:
     words = []
     for stage in arm.stages:
-        known = {"head": "C" if stage.precompute else "F", "all": "U"}
+        known = {"head": "S" if stage.solve else "C" if stage.precompute else "F", "all": "U"}
         letter = known.get(stage.train) if isinstance(stage.train, str) else None  # type: ignore[arg-type]
         letter = letter or f"{stage.train if isinstance(stage.train, int) else '+'.join(stage.train)}:"
         lengths = [str(int(length)) for length in stage.cycle_epochs] or [str(stage.num_epochs)]
@@ -99,11 +100,13 @@ def test_arms__differ_from_the_reference_in_one_thing() -> None:
 
 
 def test_rates__go_to_the_stages_they_are_for() -> None:
-    full, fixed, probe = arms("full9", "no_lr_find", "lp_only")
+    full, fixed, probe, solved = arms("full9", "no_lr_find", "lp_only", "solved_ft")
     assert [stage.lr for stage in full.with_rates(0.5, 0.2)] == [0.5, 0.5, 0.2]
     assert [stage.lr for stage in fixed.with_rates(0.5, 0.2)] == [1e-2, 1e-2, 3e-3]
     assert [stage.lr for stage in full.with_rates("find", "find")] == ["find"] * 3
     assert [stage.lr for stage in probe.with_rates(0.5, 0.2)] == [0.5, 0.5]
+    assert [stage.lr for stage in solved.with_rates(0.5, 0.2)] == [None, 0.2]
+    assert [stage.lr for stage in solved.with_rates("find", "find")] == [None, "find"]
 
 
 @pytest.mark.parametrize("num_groups", [2, 3, 6, 9, 30])

@@ -36,7 +36,7 @@ from lightning_unfreeze.study.runs.costs import Costs, StageCost
 from lightning_unfreeze.study.runs.distortion import linear_cka
 from lightning_unfreeze.study.runs.recorder import RunRecorder
 from lightning_unfreeze.study.runs.records import CurvePoint, RunLog, RunRecord, pack_correct
-from lightning_unfreeze.study.runs.run import trains_batch_norm
+from lightning_unfreeze.study.runs.run import execute, trains_batch_norm
 from lightning_unfreeze.study.show.merge import _merge, merge_studies
 from lightning_unfreeze.study.show.result import load_study
 
@@ -127,6 +127,34 @@ def test_records__count_what_their_stages_spend(finished: Study) -> None:
     assert full.train_seconds is not None and full.train_seconds < full.seconds
     assert full.probe_images_per_second is not None and full.probe_images_per_second > 0
     assert full.acc_tta == pytest.approx(full.acc + (full.tta_fixed - full.tta_broken) / full.n_test)  # type: ignore[operator]
+
+
+def test_solved_arm__is_charged_one_pass_and_its_head_is_solved_before_all_trains(tmp_path: Path) -> None:
+    made = study(tmp_path, arms=["solved_ft"])
+    arms = {arm.name: arm for arm in made.arms}
+    task = made._task(arms["solved_ft"], 0, {"solved_ft": {"tuned_lr": 1e-2}})
+    record = execute(task, made.bench, made.costs)
+    # the pass over 20 images, then cycles of 1 and 2 epochs
+    assert [(p.stage, p.images, p.cycle_end) for p in record.curve] == [
+        ("head_solved", 20, True), ("full", 40, True), ("full", 60, False), ("full", 80, True)
+    ]  # fmt: skip
+    solved, full = made.costs.kinds["head, solved"], made.costs.kinds["all"]
+    assert solved.once_flops == pytest.approx(made.costs.kinds["head, stored"].once_flops)
+    assert record.curve[0].flops == pytest.approx(solved.once_flops + solved.epoch_flops)
+    assert record.flops == pytest.approx(record.curve[0].flops + 3 * full.epoch_flops)
+    assert record.curve[0].val_acc > 0.4  # of 5 classes, with a head that no step has trained
+    row = next(row for row in made.plan().rows if row["arm"] == "solved_ft")
+    assert (row["stages"], row["images"], row["tuning runs"]) == ("S · U1+2", 80, 2)
+
+
+def test_solved_arm__of_a_head_that_is_not_linear_is_refused_before_the_first_run(tmp_path: Path) -> None:
+    def bent() -> pl.LightningModule:
+        module, classes = model(), len(CLASSES)
+        module.model.fc = torch.nn.Sequential(module.model.fc, torch.nn.ReLU(), torch.nn.Linear(classes, classes))
+        return module
+
+    with pytest.raises(MisconfigurationException, match="solve=True"):
+        Study(bent, digits, out=tmp_path, arms=["solved_ft"], seeds=2, train_size=20).plan()
 
 
 def test_rates__are_the_best_of_the_grid_on_validation(finished: Study) -> None:
@@ -613,6 +641,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "falling grid": ({"lr_grid": [0.1, 0.01]}, "lowest first"),
     "unequal effort": ({"lr_grid": [0.1]}, "same effort"),
     "no arm": ({"arms": "full8"}, "full8"),
+    "no range test": ({"find_steps": 5}, "find_steps=5: give 20 or more"),
+    "nothing to compare features on": ({"distortion_images": 1}, "distortion_images=1: give 2 or more"),
     "no budget": ({"match": "seconds"}, "none of 'flops'"),
 }
 

@@ -22,6 +22,7 @@ ALL = (
         "no_lr_find",
         "lp_only",
         "lp_ft",
+        "solved_ft",
         "surgical_first",
         "surgical_middle",
         "surgical_last",
@@ -142,7 +143,10 @@ class Arm:
         """Return the stages with these peak rates of the head's stages and of all others."""
         if self.rate == "fixed":
             head, full = self.fixed
-        return [replace(stage, lr=head if stage.train == "head" else full) for stage in self.stages]
+        return [
+            stage if stage.solve is True else replace(stage, lr=head if stage.train == "head" else full)
+            for stage in self.stages
+        ]
 
     @property
     def num_epochs(self) -> int:
@@ -261,6 +265,9 @@ def _programs(recipe: Recipe, groups: Sequence[str], flops: Flops) -> dict[str, 
             "lp_only", [cached, replace(augmented, num_cycles=total - recipe.cached_epochs)], rate="head"
         ),
         "lp_ft": lambda: arm("lp_ft", [replace(cached, epochs=LP_FT_EPOCHS), *unfrozen(recipe.cycles)]),
+        "solved_ft": lambda: arm(
+            "solved_ft", [Stage("head_solved", "head", precompute=True, solve=True), *unfrozen(recipe.cycles)]
+        ),
         "surgical_first": lambda: surgical("first", 0),
         "surgical_middle": lambda: surgical("middle", (len(groups) - 1) // 2),
         "surgical_last": lambda: surgical("last", len(groups) - 2),

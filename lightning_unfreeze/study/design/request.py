@@ -56,7 +56,9 @@ def parse_shard(shard: str) -> tuple[int, int]:
 
 
 def stage_words(stage: Stage) -> str:
-    """Return a stage in a few characters: C2, F1+1+1, U1+2+4."""
+    """Return a stage in a few characters: C2, F1+1+1, U1+2+4; S where the head is solved."""
+    if stage.solve is True:
+        return "S"
     letter = "C" if stage.precompute else "F" if stage.train == "head" else "U" if stage.train == "all" else "G"
     if stage.cycle_len is None:
         return f"{letter}{stage.num_epochs}"

@@ -77,13 +77,13 @@ class Costs:
 
 
 def kind_of(stage: Stage) -> str:
-    """Return what decides the cost of an epoch: which layer groups train, and whether on stored features.
+    """Return what decides the cost of an epoch: which layer groups train, and whether on stored features, or solved.
 
     >>> kind_of(Stage("a", "head", epochs=2, precompute=True)), kind_of(Stage("b", cycle_len=1))
     ('head, stored', 'all')
     """
     train = stage.train if isinstance(stage.train, str | int) else "+".join(stage.train)
-    return f"{train}{', stored' if stage.precompute else ''}"
+    return f"{train}{', solved' if stage.solve is True else ', stored' if stage.precompute else ''}"
 
 
 def measure_costs(
@@ -108,7 +108,10 @@ def measure_costs(
     """
     kinds = {kind_of(stage): stage for stage in stages}
     plain: dict[str, Any] = {"lr": None, "cycle_len": None, "cycle_mult": 1, "num_cycles": 1, "until": None}
-    probes = [replace(stage, name=kind, epochs=1, **plain) for kind, stage in kinds.items()]
+    probes = [
+        replace(stage, name=kind, **({} if stage.solve is True else {"epochs": 1, "solve": False, **plain}))
+        for kind, stage in kinds.items()
+    ]
     callbacks = [GradualUnfreeze(probes, network), PrecomputeFeatures()]
     trainer = pl.Trainer(**{**trainer_options, "callbacks": callbacks})  # type: ignore[arg-type]
     planned = {one.stage.name: one for one in plan_costs(trainer, module, data)}

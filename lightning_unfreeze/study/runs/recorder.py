@@ -113,7 +113,7 @@ class RunRecorder(StageCallback):
         self.optimizer = _describe_optimizer(trainer.optimizers[0])
         served = isinstance(getattr(trainer.train_dataloader, "dataset", None), FeatureDataset)
         # where no features could be stored, the images are read and run as usual, and cost that
-        cost = self.costs.of(stage if served else replace(stage, precompute=False))
+        cost = self.costs.of(stage if served else replace(stage, precompute=False, solve=False))
         self._flops += cost.once_flops
         self._epoch_flops = cost.epoch_flops
         if self.finder is not None and stage.lr == "find" and stage.name in self.finder.results:
