@@ -59,7 +59,8 @@ class CosineRestarts(StageCallback):
         cycle_mult: Length of a cycle over that of the one before, for a fit without stages.
         floor: Lowest rate as a share of the cycle's peak, in [0, 1].
         decay: Peak of a cycle over the peak of the one before, in (0, 1].
-        warmup: Share of each cosine cycle that rises linearly to the peak, in [0, 1).
+        warmup: Share of each cosine cycle that rises linearly to the peak, in [0, 1); no rise where it is one optimizer
+            step or less.
         first_steps_warmup: Hold the first twentieth of a stage's first cycle at a hundredth, as fastai 0.7 did.
         momentum: Cycle the momentum (or Adam's beta1) between these two values, low where the rate is high.
         snapshots: Save the weights at each cycle end, as `snapshots/{stage}-cycle{n}.ckpt` beside the checkpoints.

@@ -180,7 +180,9 @@ class Shape:
         elif t >= length:  # the end of the last cycle is no restart
             value = self.floor
         else:
-            value = cosine_restarts(t, length, floor=self.floor, warmup=self.warmup)
+            # a rise within the first step would take that step from the cycle, and all of a cycle of one step
+            warmup = self.warmup if self.warmup * length > 1 else 0.0
+            value = cosine_restarts(t, length, floor=self.floor, warmup=warmup)
         if self.first_steps_warmup and index == 0:
             value = first_steps_warmup(t, value, length)
         return float(value * self.decay**index)

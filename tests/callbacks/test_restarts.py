@@ -197,6 +197,16 @@ def test_restarts__shapes_follow_their_formulas_in_every_cycle(options: dict[str
     assert [rate for rate, _ in module.rates] == pytest.approx([rate / 2 * OWN_RATIO for rate in expected])
 
 
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0.1), (4, 0.1), (4, 0.25)])
+def test_restarts__a_warmup_within_one_step_takes_none_from_the_cycle(steps: int, warmup: float) -> None:
+    module = Line()
+    plan = [Stage("s", lr=0.1, cycle_len=1, num_cycles=2)]
+    quiet_trainer([GradualUnfreeze(plan), CosineRestarts(warmup=warmup)]).fit(module, points(steps))
+    assert [rate for _, rate in module.rates] == pytest.approx(
+        [0.1 * f for f in by_hand([Fraction(steps)] * 2, 2 * steps)]
+    )
+
+
 def test_restarts__a_group_added_late_is_scheduled_from_its_own_rate() -> None:
     def grow(trainer: pl.Trainer, _: pl.LightningModule) -> None:
         if trainer.current_epoch == 1:
