@@ -119,11 +119,17 @@ def find_in_tables(
         raise MisconfigurationException(f"{source} has no rows.")
     there = list(rows[0][2])
     named, known = _columns(source, there, columns or {}, group_column)
-    if not named["file"]:  # by what it holds: names of photos in every row
-        named["file"] = [column for column in there if _names_photos([_text(r.get(column)) for *_, r in rows], rules)][
-            :1
-        ]
-        named["label"] = [column for column in named["label"] if column not in named["file"]]
+    files = _Files(root, rules)
+    if not named["file"]:
+        holding = [name for name in there if _names_photos([_text(row.get(name)) for *_, row in rows], rules)]
+        lying = [name for name in holding if any(files.find(_text(r.get(name)), table.parent) for _, table, r in rows)]
+        if len(lying) > 1:
+            raise MisconfigurationException(
+                f"{source} names photos in its columns {', '.join(lying)}: name that of the files, columns: {{file: ...}}"
+            )
+        # a column of photos that lie elsewhere may tell where these came from
+        named["file"] = lying if lying or columns is None else holding[:1]
+        named["label"] = [column for column in named["label"] if column not in holding]
     cells = [[_text(row.get(column)) for column in named["label"]] for _, _, row in rows]
     # `metadata` is often about something else: authors, licences, captions
     guessed = bool(named["label"]) and named["label"][0] not in known
@@ -138,7 +144,6 @@ def find_in_tables(
         return None
     file_column = named["file"][0]
     labels, many = _labels(source, named["label"], cells, label_separator, multi_label)
-    files = _Files(root, rules)
     photos: dict[Path, dict[str, Any]] = {}
     missing, without = [], []
     for (split, table, row), names in zip(rows, labels, strict=True):

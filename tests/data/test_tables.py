@@ -229,6 +229,27 @@ def test_table__a_column_of_addresses_is_none_of_photos(tmp_path: Path) -> None:
     assert find_in_tables(tmp_path, tables_in(tmp_path), Rules()) is None
 
 
+def test_table__of_two_columns_of_photos_those_that_lie_there_count(tmp_path: Path) -> None:
+    rows = [f"scan-{file},{file},{name}" for file, (name,) in zip(FILES, CAT_DOG, strict=True)]
+    for label in ("label", "breed"):
+        assert labels(found(made(tmp_path, "\n".join([f"was,is,{label}", *rows])))) == {"train": CAT_DOG}
+    made(tmp_path, "\n".join(["one,other,label", *(row.removeprefix("scan-") for row in rows)]))
+    with pytest.raises(
+        MisconfigurationException, match="names photos in its columns one, other: name that of the files"
+    ):
+        find_in_tables(tmp_path, tables_in(tmp_path), Rules())
+
+
+def test_module__a_table_of_where_photos_came_from_leaves_the_folders_to_say_the_labels(tmp_path: Path) -> None:
+    for file in ("train/a/1.jpg", "train/b/2.jpg", "val/a/3.jpg", "val/b/4.jpg"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        Image.new("RGB", (40, 40), (60 * int(file[-5]), 0, 0)).save(tmp_path / file)
+    (tmp_path / "metadata.csv").write_text("original,category\nDSC1.jpg,x\nDSC2.jpg,x\nDSC3.jpg,y\nDSC4.jpg,y\n")
+    data = ImageFolderData(str(tmp_path))
+    data.setup("fit")
+    assert data.class_names == ["a", "b"] and "metadata.csv has no columns of files and labels" in str(data.found)
+
+
 def test_table__bytes_that_are_no_utf_8_are_refused(tmp_path: Path) -> None:
     made(tmp_path, "")
     (tmp_path / "labels.csv").write_bytes("file,label\n1.jpg,Löwe\n".encode("latin-1"))
