@@ -242,6 +242,8 @@ class CosineRestarts(StageCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Writes the rates of the step that this batch belongs to."""
+        if batch_idx == 0:  # resumed at the end of an epoch's last batch, the next one starts without its own hook
+            self._epoch_step = trainer.global_step
         self._write(trainer, to_come=True)
 
     def on_train_batch_end(

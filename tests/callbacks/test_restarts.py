@@ -207,6 +207,26 @@ def test_restarts__a_warmup_within_one_step_takes_none_from_the_cycle(steps: int
     )
 
 
+@pytest.mark.filterwarnings("ignore:You.re resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize("steps", [4, 5, 6, 7, 8, 10])
+def test_restarts__without_validation_a_resumed_run_has_the_rates_of_the_unbroken_one(
+    steps: int, tmp_path: Path
+) -> None:
+    def save(trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == steps:
+            trainer.save_checkpoint(tmp_path / "some.ckpt")
+
+    def rates(*callbacks: Callback, ckpt: Path | None = None) -> list[float]:
+        module = Line()
+        plan = [Stage("a", lr=0.2, epochs=1), Stage("b", lr=0.1, cycle_len=1.5, num_cycles=2)]
+        trainer = quiet_trainer([GradualUnfreeze(plan), CosineRestarts(warmup=0.4), *callbacks])
+        trainer.fit(module, points(4), ckpt_path=ckpt)
+        return [rate for _, rate in module.rates]
+
+    whole = rates(Does(on_train_batch_end=save))
+    assert rates(ckpt=tmp_path / "some.ckpt") == whole[steps:]
+
+
 def test_restarts__a_group_added_late_is_scheduled_from_its_own_rate() -> None:
     def grow(trainer: pl.Trainer, _: pl.LightningModule) -> None:
         if trainer.current_epoch == 1:
