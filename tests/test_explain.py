@@ -108,6 +108,18 @@ def test_explain__of_a_checkpoint_without_a_config_needs_the_photos_alone(
     assert "There is no test data" in capsys.readouterr().err
 
 
+def test_explain__without_a_config_says_how_validation_photos_were_drawn(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = Path(shutil.copy(checkpoint, tmp_path / "alone.ckpt"))
+    root = checkpoint.parents[2] / "photos"
+    line = ["explain", "--ckpt_path", str(alone), "--data.seed=3"]
+    main([*line, f"--data.root={root / 'train'}"])
+    assert "drawn with val_fraction=0.2, seed=3: a fit that drew others" in capsys.readouterr().out
+    main([*line, f"--data.root={root}"])  # which has a folder of them
+    assert "were drawn" not in capsys.readouterr().out
+
+
 def test_explain__without_a_checkpoint_or_a_config_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({}, tmp_path / "alone.ckpt")
     for arguments, says in (

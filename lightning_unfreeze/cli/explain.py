@@ -72,6 +72,15 @@ def _explain_photos(ckpt_path: str, split: str | None, arguments: Sequence[str])
     classifier = load_classifier(ckpt_path)
     trainer = pl.Trainer(logger=False, enable_checkpointing=False, callbacks=[TTAEval(), ErrorReport()])
     judges = {"test": trainer.test, "validate": trainer.validate}
+
+    def judge(command: str) -> None:
+        judges[command](classifier, datamodule=data, ckpt_path=ckpt_path)
+        if command == "validate" and data.draws_validation:
+            show(
+                f"validation photos were drawn with val_fraction={data.val_fraction:g}, seed={data.seed}: a fit "
+                "that drew others trained on many of these; give its --data.val_fraction and --data.seed"
+            )
+
     with warnings.catch_warnings():  # judging needs none of them
         warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be provided")
-        _on_split(split, lambda command: judges[command](classifier, datamodule=data, ckpt_path=ckpt_path))
+        _on_split(split, judge)

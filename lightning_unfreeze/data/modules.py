@@ -77,6 +77,7 @@ class ImageFolderData(ClassificationData):
     Attributes:
         found: The line that says what was found; after `setup`.
         broken: Files that are no images, with the reason; after `setup`.
+        draws_validation: Whether validation photos were drawn by `val_fraction` and `seed`; after `setup`.
 
     Raises:
         ValueError: For an impossible argument.
@@ -130,6 +131,7 @@ class ImageFolderData(ClassificationData):
         self.endings, self.ignore, self._several = endings, ignore, multi_label
         self.found: str | None = None
         self.broken: dict[Path, str] = {}
+        self.draws_validation = False
         self._missing: dict[str, str] = {}
         self._decoded: dict[str, tuple[str, DecodedImages | None]] = {}
 
@@ -255,6 +257,7 @@ class ImageFolderData(ClassificationData):
             photos = found.splits["train"]
             copies = copies_among(photos, self._bar)
             train, val = draw_validation(photos, self.val_fraction, self.seed, copies)
+            self.draws_validation = True
             found.remarks += [_told_of_copies([[photos[i] for i in alike] for alike in copies])] * bool(copies)
             by = "group" if self.groups else "name"
             text = f"train, drawn by {by} (val_fraction={self.val_fraction:g}, seed {self.seed})"

@@ -125,7 +125,7 @@ def find_in_tables(
         lying = [name for name in holding if any(files.find(_text(r.get(name)), table.parent) for _, table, r in rows)]
         if len(lying) > 1:
             raise MisconfigurationException(
-                f"{source} names photos in its columns {', '.join(lying)}: name that of the files, columns: {{file: ...}}"
+                f"{source} names photos in {' and '.join(lying)}: name the column of the files, columns: {{file: ...}}"
             )
         # a column of photos that lie elsewhere may tell where these came from
         named["file"] = lying if lying or columns is None else holding[:1]

@@ -234,9 +234,7 @@ def test_table__of_two_columns_of_photos_those_that_lie_there_count(tmp_path: Pa
     for label in ("label", "breed"):
         assert labels(found(made(tmp_path, "\n".join([f"was,is,{label}", *rows])))) == {"train": CAT_DOG}
     made(tmp_path, "\n".join(["one,other,label", *(row.removeprefix("scan-") for row in rows)]))
-    with pytest.raises(
-        MisconfigurationException, match="names photos in its columns one, other: name that of the files"
-    ):
+    with pytest.raises(MisconfigurationException, match="names photos in one and other: name the column of the files"):
         find_in_tables(tmp_path, tables_in(tmp_path), Rules())
 
 
