@@ -446,6 +446,8 @@ def test_error__of_a_head_that_was_never_trained_asks_for_the_checkpoint(
             r"--stage.full.epochs, --stage.full.cycle_len: .*leave",
         ),
         (["--stage.full.lr"], r"--stage.full.lr: give a value"),
+        (["--stage.full.train=[head"], r"--stage.full.train: '\[head' is no value: brackets"),
+        (["--stage.head_on_features.precompute=no way"], r"--stage.head_on_features.precompute: .*precompute='no way'"),
     ],
 )
 def test_error__of_a_stage_option_is_one_line(option: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,11 +40,11 @@ def take_stage_options(arguments: list[str]) -> StageOptions:
     """Stage name -> option -> value of all `--stage.NAME.OPTION VALUE`; they are taken out.
 
     Raises:
-        ValueError: For an option that a stage does not have, or one without a value.
+        ValueError: For an option that a stage does not have, or one without a value that YAML knows.
 
-    >>> line = ["fit", "--stage.full.lr", "1e-3", "--config=a.yaml", "--stage.full.until=none"]
+    >>> line = ["fit", "--stage.full.lr_mult", "[1e-3, 1]", "--config=a.yaml", "--stage.full.until=none"]
     >>> take_stage_options(line), line
-    ({'full': {'lr': 0.001, 'until': None}}, ['fit', '--config=a.yaml'])
+    ({'full': {'lr_mult': [0.001, 1], 'until': None}}, ['fit', '--config=a.yaml'])
     """
     found: StageOptions = {}
     place = 0
@@ -62,7 +62,10 @@ def take_stage_options(arguments: list[str]) -> StageOptions:
         known = [key for key in get_type_hints(Stage) if key != "name"]
         if not name or field not in known:
             raise ValueError(f"{option}: give {STAGE}NAME.OPTION VALUE, OPTION one of {', '.join(known)}.")
-        found.setdefault(name, {})[field] = _value(value)
+        try:
+            found.setdefault(name, {})[field] = _value(value)
+        except yaml.YAMLError:
+            raise ValueError(f"{option}: {value!r} is no value: brackets and quotes in it have to close.") from None
     return found
 
 
@@ -96,8 +99,14 @@ def change_stages(callbacks: Any, options: StageOptions) -> None:
 
 
 def _value(text: str) -> Any:
-    value = None if text.lower() == "none" else yaml.safe_load(text)  # Python's word for YAML's null
-    try:  # YAML 1.1 takes 1e-3, without a dot, for a text
+    return None if text.lower() == "none" else _with_numbers(yaml.safe_load(text))  # Python's word for YAML's null
+
+
+def _with_numbers(value: Any) -> Any:
+    """YAML 1.1 takes 1e-3, without a dot, for a text."""
+    if isinstance(value, list):
+        return [_with_numbers(each) for each in value]
+    try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
         return value

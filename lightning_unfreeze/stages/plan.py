@@ -103,6 +103,8 @@ class Stage:
             raise self._refuse(f"train={train} layer groups; at least 1 has to train{instead}")
         if isinstance(train, list | tuple) and not (train and all(isinstance(name, str) for name in train)):
             raise self._refuse(f"train={train!r} has to list at least one layer-group name")
+        if not isinstance(self.precompute, bool):
+            raise self._refuse(f"precompute={self.precompute!r} is not True or False")
         if self.precompute and train == "all":
             raise self._refuse("precompute=True stores what the frozen part gives, but train='all' freezes nothing")
 
@@ -111,7 +113,7 @@ class Stage:
             if self.lr != "find":
                 raise self._refuse(f"lr={self.lr!r} is not a number, 'find' or None")
         elif self.lr is not None and not _is_positive(self.lr):
-            raise self._refuse(f"lr={self.lr!r} has to be one rate, above 0 and finite{_instead(self.lr)}")
+            raise self._refuse(f"lr={self.lr!r} has to be one Python number, above 0 and finite{_instead(self.lr)}")
         factors = self.lr_mult if isinstance(self.lr_mult, list | tuple) else [self.lr_mult]
         if not factors or not all(_is_positive(factor) and factor <= 1 for factor in factors):
             instead = "; earlier layer groups never train faster"
@@ -249,7 +251,9 @@ class Stage:
 
 
 def _instead(rates: Any) -> str:
-    """What says the same as the lowest and the highest of several rates, fastai's `slice(a, b)` or `[a, b, c]`."""
+    """What says the same as several rates, fastai's `slice(a, b)` or `[a, b, c]`, or as NumPy's and torch's number."""
+    if getattr(rates, "shape", None) == ():
+        return f": lr=float({rates!r})"
     ends = [rates.start, rates.stop] if isinstance(rates, slice) else rates
     if not isinstance(ends, Sequence) or not ends:
         return ""

@@ -8,7 +8,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -70,6 +72,7 @@ def test_stage__cycles_and_epochs_are_those_counted_by_hand(options: Any, cycles
         ({"train": []}, ["train=[]"]),
         ({"train": ["stem", 1]}, ["['stem', 1]"]),
         ({"precompute": True}, ["precompute=True", "train='all'"]),
+        ({"train": "head", "precompute": "no"}, ["precompute='no'", "True or False"]),
         ({"lr": 0}, ["lr=0", "above 0"]),
         ({"lr": -1e-3}, ["lr=-0.001"]),
         ({"lr": math.nan}, ["lr=nan"]),
@@ -80,6 +83,9 @@ def test_stage__cycles_and_epochs_are_those_counted_by_hand(options: Any, cycles
         ({"lr": slice(1e-5, 1e-3)}, ["lr=0.001", "lr_span=1e-05 / 0.001"]),
         ({"lr": slice(1e-3)}, ["lr=LAST", "lr_span=FIRST / LAST"]),
         ({"lr": []}, ["lr=[]"]),
+        ({"lr": np.float32(0.5)}, ["one Python number", "lr=float(np.float32(0.5))"]),
+        ({"lr": torch.tensor(0.5)}, ["one Python number", "lr=float(tensor(0.5000))"]),
+        ({"lr": np.array([0.1, 0.5])}, ["one Python number"]),
         ({"lr": True}, ["lr=True"]),
         ({"lr_mult": True}, ["lr_mult=True"]),
         ({"lr_mult": 0}, ["lr_mult=0", "(0, 1]"]),
