@@ -65,8 +65,8 @@ def run_all(
 
 def _work(tasks: Any, results: Any, start: Callable[[], Run], deadline: float) -> None:
     torch.set_num_threads(1)
-    run = start()
-    while time.time() < deadline:
+    run, parent = start(), multiprocessing.parent_process()
+    while time.time() < deadline and parent.is_alive():  # of one that was killed nobody takes the results
         try:
             job = tasks.get(timeout=1)
         except queue.Empty:
