@@ -82,11 +82,13 @@ class StageCallback(Callback):
         order: Place in the fixed order in which a stage start is announced (lower is earlier, any number); the order of
             the Trainer's list of callbacks does not matter.
         writes_rates: Whether it sets learning rates, so that a scheduler of the module's would be a second writer.
+        warmup_share: Share of each cycle in which its rates rise to their peaks; a range test asks for it.
         run: The stage that was announced last; None outside of fitting.
     """
 
     order: ClassVar[int] = 50
     writes_rates: ClassVar[bool] = False
+    warmup_share: float = 0.0
     run: StageRun | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -19,6 +19,7 @@ from lightning_unfreeze.inside_lightning.sandbox import sandbox
 from lightning_unfreeze.inside_lightning.steps import optimizer_step, steps_of_epoch
 from lightning_unfreeze.layers.param_groups import peak_lr, set_lr, set_peak_lr
 from lightning_unfreeze.reporting import log_metrics, progress_bar, report_dir, save_figure, write_csv
+from lightning_unfreeze.stages.cycles import as_fraction
 from lightning_unfreeze.stages.plan import Stage
 from lightning_unfreeze.stages.range_test_rules import (
     Answer,
@@ -45,12 +46,14 @@ class RangeTest:
         losses: Mean loss over ranks and micro-batches, per step, as measured.
         method: The rule that sets the rate.
         steps: Optimizer steps of the stage, which a rate from below the rise depends on; None where not known.
+        warmup_steps: Those of its first cycle in which the rate rises to its peak.
     """
 
     lrs: list[float]
     losses: list[float]
     method: SuggestionMethod
     steps: int | None = None
+    warmup_steps: float = 0.0
 
     @property
     def smoothed(self) -> list[float]:
@@ -75,6 +78,7 @@ class RangeTest:
             method or self.method,
             self.losses[read],
             steps=self.steps,
+            warmup_steps=self.warmup_steps,
             clear=_CLEAR_RISE,
         )
 
@@ -137,7 +141,7 @@ class LRFinderPerStage(StageCallback):
         num_steps: Optimizer steps of the test; the loader is started again where it is shorter.
         method: Rule that reads the curve, see `stages.range_test_rules.suggest_lr`. `"auto"`: `valley` in the first
             stage of a plan, whose head is new, and `below_rise` in those that go on from trained weights; how far below
-            depends on the length of the stage.
+            depends on the length of the stage, and on whether its cycles warm up.
         apply: Set the rate; False only shows the curve.
         on_no_signal: What to do with a curve that neither falls nor rises. `"ladder"`: the rate of the last stage that
             had one, a tenth of it where that stage trained the head alone and this one more; without such a stage as
@@ -286,7 +290,7 @@ class LRFinderPerStage(StageCallback):
         method = self.method
         if method == "auto":
             method = "valley" if self.run is None or self.run.index == 0 else "below_rise"
-        return RangeTest(lrs, losses, method, self._steps_to_come(trainer))
+        return RangeTest(lrs, losses, method, self._steps_to_come(trainer), self._warmup_steps(trainer))
 
     def _steps_to_come(self, trainer: pl.Trainer) -> int | None:
         steps = steps_of_epoch(trainer)
@@ -296,6 +300,13 @@ class LRFinderPerStage(StageCallback):
             return steps * self.run.stage.num_epochs
         total = trainer.estimated_stepping_batches
         return None if np.isinf(total) else int(total)
+
+    def _warmup_steps(self, trainer: pl.Trainer) -> float:
+        steps = steps_of_epoch(trainer)
+        if steps is None or self.run is None or not self.run.stage.cycle_epochs:
+            return 0.0
+        share = as_fraction(max(player.warmup_share for player in [self, *players(trainer)]))
+        return float(share * steps * self.run.stage.cycle_epochs[0])
 
     def _show(self, trainer: pl.Trainer, name: str) -> None:
         result = self.results[name]

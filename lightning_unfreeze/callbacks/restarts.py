@@ -96,7 +96,7 @@ class CosineRestarts(StageCallback):
         min_delta: float = 0.0,
     ) -> None:
         self.shape = Shape(shape, floor, decay, warmup, first_steps_warmup)
-        self._monitor = Monitor(monitor, mode)
+        self.warmup_share, self._monitor = self.shape.warmup_share, Monitor(monitor, mode)
         if min_delta < 0:
             raise ValueError(f"min_delta={min_delta} has to be 0 or more")
         if momentum is not None and not 0 <= momentum[0] <= momentum[1] < 1:

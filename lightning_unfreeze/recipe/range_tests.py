@@ -41,6 +41,7 @@ class _RangeTestProbe(Probe):
         super().__init__(trainer, pl_module)
         finders = [player for player in players(trainer) if isinstance(player, LRFinderPerStage)]
         self.finder = finders[0] if finders else LRFinderPerStage()
+        self._warmup_share = max((player.warmup_share for player in players(trainer)), default=0.0)
         self.results: dict[str, RangeTest] = {}
 
     def preflight(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -48,6 +49,7 @@ class _RangeTestProbe(Probe):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Makes the range tests, each as at the start of its stage."""
+        self.finder.warmup_share = self._warmup_share  # who warms up is not of this Trainer
         asked = [stage for stage in self.stages if stage.lr == "find"] or self.stages
         for stage in asked:
             run = self.enter(trainer, stage)
@@ -55,5 +57,5 @@ class _RangeTestProbe(Probe):
             self.finder.run = run  # the rule and the steps that it reads by are those of the stage
             with self.around_stage_start(trainer, run):
                 self.results[stage.name] = self.finder.range_test(trainer, pl_module, stage.name)
-        self.finder.run = None
+        self.finder.run, self.finder.warmup_share = None, 0.0
         trainer.should_stop = True

@@ -26,6 +26,7 @@ _FLOAT32_NOISE = 1e-6
 _PLAIN_FALL, _PLAIN_RISE = 0.05, 0.25  # of the level: what anyone sees, whatever the noise
 # what a rate from below the rise is divided by; all three measured: benchmarks/results/finder.md
 _BELOW_RISE, _LEAST_BELOW_RISE, _BELOW_RISE_AT_ONE_STEP = 20.0, 3.0, 105.0
+_WARMED_UP, _STEPS_THAT_WARM_UP = 3.0, 3.0
 _CLEAR_NOISE = 4.0  # standard deviations of a mean of points
 
 
@@ -146,24 +147,29 @@ def suggest_lr(lrs: ArrayLike, losses: ArrayLike, method: SuggestionMethod = "va
     return read_curve(lrs, losses, method).rate
 
 
-def below_rise(rise: float, steps: int | None = None) -> float:
+def below_rise(rise: float, steps: int | None = None, warmup_steps: float = 0.0) -> float:
     """The rate to train with, given the one at which a range test starts to destroy what was learnt.
 
     A high rate costs first and pays later: what it destroys has to be learnt again. How far below the rise the best
     rate lies therefore depends on the steps that are left. Measured: a twentieth for twelve steps, a sixth for seventy,
     a third for two hundred and more (`benchmarks/results/finder.md`). That few steps prefer low rates is the
-    short-horizon bias of Wu et al. 2018.
+    short-horizon bias of Wu et al. 2018. A warm-up keeps the first steps from destroying much, so after three steps of
+    it or more the rate is three times as high: the rise itself for a long training.
 
     Args:
         rise: Rate at which the loss starts to rise.
         steps: Optimizer steps of the training to come; None divides by twenty.
+        warmup_steps: Of them those in which the rate first rises to its peak.
 
     >>> [round(below_rise(6e-3, steps), 5) for steps in (None, 12, 72, 1000)]
     [0.0003, 0.0003, 0.00099, 0.002]
+    >>> below_rise(6e-3, 1000, warmup_steps=100)
+    0.006
     """
-    if steps is None:
-        return rise / _BELOW_RISE
-    return float(rise / max(_LEAST_BELOW_RISE, _BELOW_RISE_AT_ONE_STEP / max(1, steps) ** (2 / 3)))
+    part = _BELOW_RISE
+    if steps is not None:
+        part = max(_LEAST_BELOW_RISE, _BELOW_RISE_AT_ONE_STEP / max(1, steps) ** (2 / 3))
+    return float(rise / part * (_WARMED_UP if warmup_steps >= _STEPS_THAT_WARM_UP else 1.0))
 
 
 def read_curve(
@@ -173,6 +179,7 @@ def read_curve(
     measured: ArrayLike | None = None,
     *,
     steps: int | None = None,
+    warmup_steps: float = 0.0,
     clear: float = 0.0,
 ) -> Answer:
     """What `suggest_lr` says, and by which end of the curve.
@@ -184,6 +191,7 @@ def read_curve(
         measured: The losses before they were smoothed, shape `(N,)`. Their noise is independent, so they tell a fall
             and a rise from noise better; the rule still reads `losses`.
         steps: Optimizer steps of the training to come, see `below_rise`.
+        warmup_steps: See `below_rise`.
         clear: See `rise_start`.
 
     Raises:
@@ -207,7 +215,7 @@ def read_curve(
     if falls and (rise is None or method != "below_rise"):
         return Answer(float(_RULES[method](rates, curve)), "fall", rise)
     if rise is not None:
-        return Answer(below_rise(rise, steps), "rise", rise)
+        return Answer(below_rise(rise, steps, warmup_steps), "rise", rise)
     return Answer(None, "none")
 
 

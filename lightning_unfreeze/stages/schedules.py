@@ -171,6 +171,11 @@ class Shape:
             )
         cosine_restarts(0.0, 1, floor=self.floor, decay=self.decay, warmup=self.warmup)  # refuses what it cannot
 
+    @property
+    def warmup_share(self) -> float:
+        """Share of a cycle in which the rate rises to its peak."""
+        return {"cosine": self.warmup, "slanted_triangle": 0.1, "one_cycle": 0.25}[self.kind]
+
     def multiplier(self, index: int, t: float, length: float) -> float:
         """Multiplier of the peak rate in cycle `index`, `t` optimizer steps after its start, of `length` steps."""
         if self.kind == "slanted_triangle":

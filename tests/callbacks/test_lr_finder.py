@@ -165,6 +165,28 @@ def resumable_loader() -> DataLoader[Any]:
     return ResumableLoader(data, batch_size=8, sampler=EpochSampler(data, seed=3))
 
 
+@pytest.mark.parametrize(
+    ("restarts", "stage", "warmup_steps"),
+    [
+        (CosineRestarts(), Stage("all", lr="find", cycle_len=4), 0),
+        (CosineRestarts(warmup=0.5), Stage("all", lr="find", cycle_len=2, cycle_mult=2, num_cycles=2), 3),
+        (CosineRestarts(warmup=0.5), Stage("all", lr="find", epochs=2), 0),  # its rate stands still
+        (CosineRestarts("one_cycle"), Stage("all", lr="find", cycle_len=4), 3),
+        (CosineRestarts("slanted_triangle"), Stage("all", lr="find", cycle_len=10), 3),
+    ],
+)
+def test_finder__a_warm_up_of_three_steps_lets_the_rate_be_three_times_as_high(
+    restarts: CosineRestarts, stage: Stage, warmup_steps: float
+) -> None:
+    script: list[float | None] = [0.4 + 0.05 * (-1) ** step + max(0.0, (step - 60) / 10) ** 2 for step in range(100)]
+    finder = LRFinderPerStage(method="below_rise")
+    quiet_trainer([GradualUnfreeze([stage]), finder, restarts]).fit(Scripted(script * 2), numbers())  # 3 steps an epoch
+    result = finder.results["all"]
+    assert result.warmup_steps == warmup_steps
+    part = 105 / result.steps ** (2 / 3) / (3 if warmup_steps else 1)  # type: ignore[operator]
+    assert result.suggestion == pytest.approx(result.answer().rise / part)  # type: ignore[operator]
+
+
 @pytest.mark.filterwarnings("ignore:stage .* no signal")
 @pytest.mark.parametrize(
     ("make_loader", "optimizer", "options"),

@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from matplotlib.image import imread
 
 from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage
+from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
 from lightning_unfreeze.cli import main
 from lightning_unfreeze.recipe.range_tests import range_tests
@@ -20,9 +21,9 @@ from tests.zoo import TrainData, UserModule, loader, quiet_trainer, same_weights
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PLAN = [
-    Stage("head", train="head", epochs=1, lr="find"),
+    Stage("head", train="head", cycle_len=1, lr="find"),
     Stage("middle", train=2, epochs=1),
-    Stage("full", epochs=1, lr="find", lr_mult=1 / 3),
+    Stage("full", cycle_len=1, lr="find", lr_mult=1 / 3),
 ]
 DATA = TrainData(loader(shuffle=True))
 
@@ -39,7 +40,8 @@ def test_range_tests__are_those_of_fit_and_train_nothing(plan: list[Stage], trai
     module = UserModule()
     before = weights_of(module)
     options: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}
-    searching = quiet_trainer([GradualUnfreeze(plan, train_bn=train_bn), finder()], **options)
+    warm = CosineRestarts(warmup=0.5)
+    searching = quiet_trainer([GradualUnfreeze(plan, train_bn=train_bn), finder(), warm], **options)
     torch.manual_seed(1)
     results = range_tests(searching, module, DATA)
     first, last = plan[0].name, plan[-1].name
@@ -47,10 +49,10 @@ def test_range_tests__are_those_of_fit_and_train_nothing(plan: list[Stage], trai
     assert same_weights(before, weights_of(module)) == []
 
     fitting = finder()
-    trainer = quiet_trainer([GradualUnfreeze(plan, train_bn=train_bn), fitting], **options)
+    trainer = quiet_trainer([GradualUnfreeze(plan, train_bn=train_bn), fitting, CosineRestarts(warmup=0.5)], **options)
     torch.manual_seed(1)
     trainer.fit(module, datamodule=DATA)
-    assert results[first] == fitting.results[first]
+    assert results[first] == fitting.results[first] and results[first].warmup_steps > 0
     assert results[last] != fitting.results[last]  # there, the earlier stages have trained
 
 

@@ -274,6 +274,8 @@ def test_rise_start__a_small_rise_is_not_clear_where_a_large_one_follows() -> No
 )
 def test_below_rise__the_more_steps_are_left_the_nearer(steps, part) -> None:
     assert below_rise(0.6, steps) == pytest.approx(0.6 / part)
+    assert below_rise(0.6, steps, warmup_steps=2.9) == pytest.approx(0.6 / part)  # too short to keep anything
+    assert below_rise(0.6, steps, warmup_steps=3) == pytest.approx(0.6 / part * 3)
 
 
 def test_read_curve__below_the_rise_whatever_it_did_before() -> None:
@@ -281,6 +283,8 @@ def test_read_curve__below_the_rise_whatever_it_did_before() -> None:
     fall, rise = read_curve(lrs, losses), read_curve(lrs, losses, "below_rise", steps=64)
     assert fall.end == "fall" and rise.end == "rise" and rise.rise == fall.rise
     assert rise.rate == pytest.approx(rise.rise * 16 / 105)  # type: ignore[operator]
+    warmed = read_curve(lrs, losses, "below_rise", steps=64, warmup_steps=6.4)
+    assert warmed.rate == pytest.approx(rise.rise * 16 / 35)  # type: ignore[operator]
     falling = losses[: int(losses.argmin())]
     never = read_curve(lrs[: len(falling)], falling, "below_rise")
     assert never.end == "fall" and never.rate == read_curve(lrs[: len(falling)], falling, "valley").rate
