@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_unfreeze.layers.freezing import select
+from lightning_unfreeze.recipe import fine_tune
 from lightning_unfreeze.stages.plan import Stage, check_plan
 from lightning_unfreeze.study.design.arms import (
     ALL,
@@ -107,6 +108,14 @@ def test_rates__go_to_the_stages_they_are_for() -> None:
     assert [stage.lr for stage in probe.with_rates(0.5, 0.2)] == [0.5, 0.5]
     assert [stage.lr for stage in solved.with_rates(0.5, 0.2)] == [None, 0.2]
     assert [stage.lr for stage in solved.with_rates("find", "find")] == [None, "find"]
+
+
+def test_arm__of_ones_own_says_whether_its_head_is_solved() -> None:
+    stages = fine_tune(5)[0].stages
+    with pytest.raises(ValueError, match=r"arm 'mine', stage 'head': solve='auto'.*solve=True \(then without lr"):
+        Arm("mine", tuple(stages))
+    for solved in (True, False):
+        assert Arm("mine", (stages[0].settled(solved=solved), stages[1])).num_epochs == (6 if solved else 7)
 
 
 @pytest.mark.parametrize("num_groups", [2, 3, 6, 9, 30])

@@ -979,6 +979,13 @@ def test_merge__refuses_one_data_set_however_many_folders(tmp_path: Path) -> Non
         merge_studies(folders[:1], tmp_path / "out")
 
 
+def test_merge__of_several_data_sets_too_wants_a_folder_of_its_own(tmp_path: Path) -> None:
+    folders = [fake_study(tmp_path / name, name, {"lp_only": [1.0, 2.0]}) for name in ("pets", "cars")]
+    with pytest.raises(ValueError, match="is one of the folders to join"):
+        merge_studies(folders, tmp_path / "cars")
+    assert not (tmp_path / "cars" / "merged.md").exists()
+
+
 # --- the command line ------------------------------------------------------------------------------------------------
 
 CONFIG = Path(__file__).parents[2] / "configs" / "study.yaml"

@@ -129,6 +129,9 @@ class Arm:
         pretrained: Start from the pretrained weights.
         augmentation: Augment the training images.
         other_batch_norm: Take the other BatchNorm policy than the rest of the study.
+
+    Raises:
+        ValueError: For a stage with `solve="auto"`: what an arm does and costs is known before it runs.
     """
 
     name: str
@@ -138,6 +141,14 @@ class Arm:
     pretrained: bool = True
     augmentation: bool = True
     other_batch_norm: bool = False
+
+    def __post_init__(self) -> None:
+        for stage in self.stages:
+            if stage.solve == "auto":
+                raise ValueError(
+                    f"arm {self.name!r}, stage {stage.name!r}: solve='auto' is decided in a run; an arm has solve=True "
+                    "(then without lr and epochs), or leaves it out"
+                )
 
     def with_rates(self, head: Rate, full: Rate) -> list[Stage]:
         """Return the stages with these peak rates of the head's stages and of all others."""

@@ -102,6 +102,8 @@ def _joined(folders: Sequence[Path], out: Path) -> list[StudyResult]:
         if folder.resolve() in places:
             raise ValueError(f"{folder} is given twice (as {places[folder.resolve()]}): give each folder once.")
         places[folder.resolve()] = folder
+    if out.resolve() in places:
+        raise ValueError(f"out={str(out)!r} is one of the folders to join: give a folder of its own (--out).")
     stored = {folder: stored_study(folder) or Stored({}, load_study(folder).info) for folder in folders}
     groups: dict[str, list[Path]] = {}
     for folder in folders:
@@ -116,7 +118,7 @@ def _joined(folders: Sequence[Path], out: Path) -> list[StudyResult]:
         parts.append(folder)
     studies = [_study_of(parts, stored) for parts in groups.values()]
     if len(studies) == 1 and len(folders) > 1:
-        _write_joined(studies[0], Stored(stored[folders[0]].settings, studies[0].info), folders, out)
+        _write_joined(studies[0], Stored(stored[folders[0]].settings, studies[0].info), out)
     return studies
 
 
@@ -140,11 +142,9 @@ def _study_of(parts: Sequence[Path], stored: Mapping[Path, Stored]) -> StudyResu
     return StudyResult(tuple(record for _, record in records.values()), info)
 
 
-def _write_joined(study: StudyResult, joined: Stored, folders: Sequence[Path], out: Path) -> None:
+def _write_joined(study: StudyResult, joined: Stored, out: Path) -> None:
     """Write a joined study to a folder of its own, which may hold it from an earlier time, but nothing else."""
     before, log = stored_study(out), RunLog(out / "runs.jsonl")
-    if out.resolve() in {folder.resolve() for folder in folders}:
-        raise ValueError(f"out={str(out)!r} is one of the folders to join: give a folder of its own (--out).")
     if before is not None:
         refuse_other_settings(out, before, joined)
     known, keys = log.by_key(), {record.key for record in study.records}
