@@ -83,7 +83,7 @@ def test_stage__cycles_and_epochs_are_those_counted_by_hand(options: Any, cycles
         ({"lr": slice(1e-5, 1e-3)}, ["lr=0.001", "lr_span=1e-05 / 0.001"]),
         ({"lr": slice(1e-3)}, ["lr=LAST", "lr_span=FIRST / LAST"]),
         ({"lr": []}, ["lr=[]"]),
-        ({"lr": np.float32(0.5)}, ["one Python number", "lr=float(np.float32(0.5))"]),
+        ({"lr": np.float32(0.5)}, ["one Python number", f"lr=float({np.float32(0.5)!r})"]),
         ({"lr": torch.tensor(0.5)}, ["one Python number", "lr=float(tensor(0.5000))"]),
         ({"lr": np.array([0.1, 0.5])}, ["one Python number"]),
         ({"lr": True}, ["lr=True"]),
