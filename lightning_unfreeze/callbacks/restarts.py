@@ -59,17 +59,14 @@ class CosineRestarts(StageCallback):
         cycle_mult: Length of a cycle over that of the one before, for a fit without stages.
         floor: Lowest rate as a share of the cycle's peak, in [0, 1].
         decay: Peak of a cycle over the peak of the one before, in (0, 1].
-        warmup: Share of each cosine cycle that rises linearly to the peak, in [0, 1); no rise where it is one optimizer
-            step or less.
+        warmup: Share of each cosine cycle that rises linearly to the peak, in [0, 1); none for one step or less.
         first_steps_warmup: Hold the first twentieth of a stage's first cycle at a hundredth, as fastai 0.7 did.
         momentum: Cycle the momentum (or Adam's beta1) between these two values, low where the rate is high.
         snapshots: Save the weights at each cycle end, as `snapshots/{stage}-cycle{n}.ckpt` beside the checkpoints.
-        ensemble: In `test`, average the class probabilities over the snapshots: `forward` of the module then returns
-            the log of the mean probability.
+        ensemble: In `test`, average the class probabilities over the snapshots; `forward` gives the log of the mean.
         monitor: Value logged in validation that `until` is judged by. None takes the module's own attribute `monitor`
             where it has one, else the validation loss under whatever name it is logged.
-        mode: Whether less or more of it is better; `"auto"` tells by "loss", "error", "acc", "f1" or the like in its
-            name.
+        mode: Whether less or more of it is better; `"auto"` tells by "loss", "error", "acc", "f1" in its name.
         min_delta: Least improvement that counts.
 
     Raises:
