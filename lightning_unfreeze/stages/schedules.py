@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     Time = TypeVar("Time", float, NDArray[Any])
 
+_CUT_FRAC, _PCT_START = 0.1, 0.25  # shares that rise: Howard and Ruder 2018, and fastai
+
 
 def cosine_restarts(
     t: Time, cycle_len: float, cycle_mult: float = 1, *, floor: float = 0.0, decay: float = 1.0, warmup: float = 0.0
@@ -82,7 +84,7 @@ def first_steps_warmup(t: float, multiplier: float, cycle_len: float) -> float:
     return 0.01 if _time(t) * 20 < cycle_len else multiplier
 
 
-def slanted_triangle(t: float, total: float, cut_frac: float = 0.1, ratio: float = 32) -> float:
+def slanted_triangle(t: float, total: float, cut_frac: float = _CUT_FRAC, ratio: float = 32) -> float:
     """ULMFiT's slanted triangle: a short linear rise, a long linear fall (Howard and Ruder 2018, eq. 3).
 
     The fall ends at `1 / ratio` at `total`. The paper's own denominator gives that only where `total * cut_frac` is
@@ -106,7 +108,7 @@ def slanted_triangle(t: float, total: float, cut_frac: float = 0.1, ratio: float
     return _lerp(1 / ratio, 1, height)
 
 
-def one_cycle(t: float, total: float, pct_start: float = 0.25, div: float = 25, div_final: float = 1e5) -> float:
+def one_cycle(t: float, total: float, pct_start: float = _PCT_START, div: float = 25, div_final: float = 1e5) -> float:
     """One cosine rise and one cosine fall (Smith 2018, in fastai's shape).
 
     Args:
@@ -174,7 +176,7 @@ class Shape:
     @property
     def warmup_share(self) -> float:
         """Share of a cycle in which the rate rises to its peak."""
-        return {"cosine": self.warmup, "slanted_triangle": 0.1, "one_cycle": 0.25}[self.kind]
+        return {"cosine": self.warmup, "slanted_triangle": _CUT_FRAC, "one_cycle": _PCT_START}[self.kind]
 
     def multiplier(self, index: int, t: float, length: float) -> float:
         """Multiplier of the peak rate in cycle `index`, `t` optimizer steps after its start, of `length` steps."""
