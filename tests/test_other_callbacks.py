@@ -305,6 +305,8 @@ def test_interrupt__without_a_checkpoint_says_so(tmp_path: Path, caplog: pytest.
         (["valid_loss", "train_acc"], None, None, "valid_loss"),
         (["eval.F1Score", "eval.error"], None, None, "eval.F1Score"),
         (["val/error", "val/acc"], "val/error", None, "val/error"),
+        (["train loss", "validation loss"], None, None, "validation loss"),
+        (["validation_loss", "interval_acc"], None, None, "validation_loss"),
         (["iou/dev", "val_loss"], None, "iou/dev", "iou/dev"),
         (["score"], None, None, "val_acc"),  # nothing tells that it was validated
     ],

@@ -138,7 +138,9 @@ class GradualUnfreeze(Conductor):
         refuse_sync_batchnorm(trainer, pl_module)
         refuse_manual_optimization(pl_module)
         refuse_clashing_callbacks(trainer, self)
-        self._check_needs(trainer)
+        present = {base.__name__ for player in players(trainer) for base in type(player).__mro__}
+        if missing := unserved(self.stages, present):
+            raise MisconfigurationException(missing)
         refuse_fixed_image_size(trainer, image_sizes(self.stages))
         self._set_max_epochs(trainer)
         one_order_on_all_ranks(trainer, lambda epoch: ("order", self.progress.seed or 0, epoch))
@@ -149,11 +151,6 @@ class GradualUnfreeze(Conductor):
         # a module that builds its network in `configure_model` is looked at in `on_fit_start`, when it is there
         if not is_overridden("configure_model", pl_module):
             self._find_groups(pl_module)
-
-    def _check_needs(self, trainer: pl.Trainer) -> None:
-        present = {base.__name__ for player in players(trainer) for base in type(player).__mro__}
-        if missing := unserved(self.stages, present):
-            raise MisconfigurationException(missing)
 
     def _set_max_epochs(self, trainer: pl.Trainer) -> None:
         if not (trainer.fast_dev_run or trainer.current_epoch > 0):  # type: ignore[attr-defined]
@@ -293,9 +290,10 @@ class GradualUnfreeze(Conductor):
         """Sets the rates of the stage, and says what trains in it."""
         param_groups = trainer.optimizers[0].param_groups if self._sets_rates(trainer) else []
         # not in `make_ready`: on resume the optimizer's param groups, rates included, are loaded after that
-        if not (run.resumed and self._loaded is not None):
+        if not (loaded := run.resumed and self._loaded is not None):
             self.what_trains.set_rates(param_groups, run.stage)
-        rank_zero_info(f"stage {run.index + 1}/{len(self.stages)} {self.what_trains.said(run.stage, param_groups)}")
+        known = param_groups if loaded or run.stage.lr != "find" else []
+        rank_zero_info(f"stage {run.index + 1}/{len(self.stages)} {self.what_trains.said(run.stage, known)}")
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer

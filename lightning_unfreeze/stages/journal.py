@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from typing import Any
 
@@ -22,10 +21,9 @@ from lightning_unfreeze.reporting import (
     table_of,
     write_csv,
 )
-from lightning_unfreeze.stages.until import direction
+from lightning_unfreeze.stages.until import direction, of_validation
 
 _CURVE_POINTS_PER_EPOCH = 50
-_VALIDATION = re.compile(r"(^|[/_.-])(val|valid|validation|eval|dev)([/_.-]|$)", re.IGNORECASE)
 _PREFERRED = ("acc", "f1", "auc", "loss")
 
 
@@ -130,8 +128,7 @@ def metric_name(trainer: pl.Trainer) -> str:
     logged = list(trainer.callback_metrics)
     watched = [name for name, _ in _watched(trainer)]
     known = next((name for name in watched if name in logged), None)
-    validated = [name for name in logged if _VALIDATION.search(name)]
-    best = min(validated, key=_preference, default=None)
+    best = min(of_validation(logged), key=_preference, default=None)
     return known or best or next(iter(watched), "val_acc")
 
 

@@ -12,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 Mode = Literal["min", "max"]
 
-_VALIDATION = {"val", "valid", "validation", "eval"}
+_VALIDATION = {"val", "valid", "validation", "eval", "dev"}
 _MORE_IS_BETTER, _LESS_IS_BETTER = ("acc", "f1", "auc", "auroc"), ("loss", "error", "perplexity")
 _MORE_WORDS, _LESS_WORDS = (
     {"iou", "miou", "map", "precision", "recall", "kappa"},
@@ -32,13 +32,22 @@ def direction(name: str) -> Mode | None:
     return "max" if any(part in name.lower() for part in _MORE_IS_BETTER) or words & _MORE_WORDS else None
 
 
+def of_validation(logged: Iterable[str]) -> list[str]:
+    """The names among what is logged that say that they are of a validation.
+
+    >>> of_validation(["val_loss", "valid/acc", "Validation loss", "eval.loss", "train/loss", "value", "interval_acc"])
+    ['val_loss', 'valid/acc', 'Validation loss', 'eval.loss']
+    """
+    return [name for name in logged if _VALIDATION & set(_words(name))]
+
+
 def find_monitor(logged: Iterable[str]) -> str | None:
     """The one to judge by among what is logged: the validation loss, else the one metric of known direction, else None.
 
     >>> find_monitor(["train/loss", "valid/loss", "valid/loss_box", "valid/acc"])
     'valid/loss'
     """
-    names = [name for name in logged if _VALIDATION & set(_words(name))]
+    names = of_validation(logged)
     losses = [name for name in names if "loss" in _words(name)]
     shortest = sorted(losses, key=lambda name: (name != "val_loss", len(_words(name)), name))
     if len(losses) == 1 or (losses and len(_words(shortest[0])) < len(_words(shortest[1]))) or "val_loss" in losses:

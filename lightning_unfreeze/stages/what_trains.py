@@ -12,7 +12,14 @@ from torch import nn
 from lightning_unfreeze.layers.freezing import fixed_parameters, frozen_modules, select, trained_parameters
 from lightning_unfreeze.layers.groups import LayerGroup
 from lightning_unfreeze.layers.modes import has_statistics, pretrained_batch_norm
-from lightning_unfreeze.layers.param_groups import given_lr, layer_group_of, own_ratios, rate_ratios, set_peak_lr
+from lightning_unfreeze.layers.param_groups import (
+    given_lr,
+    layer_group_of,
+    own_ratios,
+    peak_lr,
+    rate_ratios,
+    set_peak_lr,
+)
 from lightning_unfreeze.stages.plan import Stage
 
 
@@ -132,7 +139,7 @@ class WhatTrains:
         return 0.0 if stage.lr == "find" else min(rates, default=0.0)
 
     def said(self, stage: Stage, param_groups: Sequence[Mapping[str, Any]]) -> str:
-        """What trains, in words; and at which peak rates, where `param_groups` get theirs from the plan."""
+        """What trains, in words; and at which peak rates, of the `param_groups` that have theirs."""
         trained = self.trained(stage)
         count = sum(p.numel() for name in trained for p in self.groups[name].parameters() if p.requires_grad)
         epochs = f"{stage.num_epochs} epoch{'s' if stage.num_epochs > 1 else ''}"
@@ -143,13 +150,13 @@ class WhatTrains:
         return f"{stage.name!r}: trains {', '.join(trained)} ({count:,} parameters) for {length}{rates}{kept}"
 
     def _rates_said(self, stage: Stage, param_groups: Sequence[Mapping[str, Any]]) -> str:
-        """The highest peak of the first and the last layer group that train; nothing where a range test will tell."""
+        """The highest peak of the first and the last layer group that train; a solved head has none."""
         rates: dict[str, float] = {}
-        for group, peak in zip(param_groups, self.peaks(param_groups, stage), strict=True):
+        for group in param_groups:
             name = layer_group_of(group)
-            rates[name] = max(peak, rates.get(name, 0.0))
+            rates[name] = max(peak_lr(group), rates.get(name, 0.0))
         trained = [name for name in self.trained(stage) if name in rates]
-        if not trained or stage.lr == "find" or stage.solve is True:
+        if not trained or stage.solve is True:
             return ""
         first, last = trained[0], trained[-1]
         if rates[first] == rates[last]:

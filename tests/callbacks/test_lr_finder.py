@@ -529,10 +529,11 @@ def test_finder__a_second_fit_searches_anew() -> None:
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
 @pytest.mark.parametrize("save_at", [0, 1])
-def test_finder__a_resumed_run_takes_the_result_from_the_checkpoint(
-    tmp_path: Path, save_at: int, monkeypatch: pytest.MonkeyPatch
+def test_finder__a_resumed_run_takes_the_result_from_the_checkpoint_and_says_its_rates(
+    tmp_path: Path, save_at: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Saved at the end of the first stage, and inside the second."""
+    caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
     plan = [Stage("head", train="head", epochs=1, lr="find"), Stage("full", epochs=2, lr="find", lr_mult=1 / 3)]
 
     def run(ckpt_path: Path | None = None) -> tuple[Any, LRFinderPerStage]:
@@ -551,8 +552,12 @@ def test_finder__a_resumed_run_takes_the_result_from_the_checkpoint(
         "range_test",
         lambda self, trainer, module, name: searched.append(name) or search(self, trainer, module, name),
     )
+    caplog.clear()
     resumed, second = run(tmp_path / "checkpoints" / f"epoch={save_at}.ckpt")
     assert searched == (["full"] if save_at == 0 else [])
+    (said,) = [line.partition("epochs")[2] for line in caplog.messages if line.startswith("stage 2/2 ")]
+    rate = first.results["full"].suggestion or 0.0
+    assert said == ("" if save_at == 0 else f" at lr {rate / 3:.3g} (backbone) to {rate:.3g} (head)")
     assert second.results == first.results
     assert same_weights(whole, resumed) == []
 

@@ -768,6 +768,8 @@ def test_restarts__a_loader_that_grows_begins_each_cycle_at_its_peak() -> None:
     [
         ("val/loss", {}, 2),
         ("validation_loss", {}, 2),
+        ("eval_loss", {}, 2),
+        ("dev.loss", {}, 2),
         ("val_score", {"monitor": "val_score", "mode": "min"}, 2),
         ("val_acc", {"monitor": "val_acc"}, 3),
         ("valid/acc", {}, 3),
