@@ -210,15 +210,14 @@ class PrecomputeFeatures(StageCallback):
         Raises:
             NoStoreError: If there can be none, on all ranks alike.
         """
-        reason, owners = "", _owners(trainer)
+        reason, owners, root = "", _owners(trainer), self._root(trainer)
         with host.aside(), torch.enable_grad():
             if data.name == "train":
-                prefix, reason = _shortcut(trainer, host, data, owners)
+                prefix, reason = _shortcut(trainer, host, data, owners, root / "searches")
             else:
                 prefix = self._stores["train"].prefix
                 host.network.eval()
                 together(host, lambda: check_step(host, prefix, data, training=False))
-        root = self._root(trainer)
         work = together(host, lambda: FeaturePass(host, data, prefix, root, self.dtype, self.verify))
         stored, problem = work.open()
         if problem:
@@ -409,7 +408,9 @@ def _owners(trainer: pl.Trainer) -> list[Any]:
     return [*trainer.callbacks, trainer.lightning_module]  # type: ignore[attr-defined]
 
 
-def _shortcut(trainer: pl.Trainer, host: Host, data: ViewedData, owners: list[Any]) -> tuple[FrozenPrefix, str]:
+def _shortcut(
+    trainer: pl.Trainer, host: Host, data: ViewedData, owners: list[Any], searches: Path | None = None
+) -> tuple[FrozenPrefix, str]:
     """That of the training step, and why it does not lie deeper; called `aside`.
 
     Raises:
@@ -419,7 +420,7 @@ def _shortcut(trainer: pl.Trainer, host: Host, data: ViewedData, owners: list[An
     def find() -> tuple[FrozenPrefix, str]:
         if writer := who_changes_batches(trainer, owners, data.fed, data.holds_same_images):
             raise NoStoreError(f"{writer} changes the batch, which is to be done to images, not to features")
-        return find_shortcut(host, data)
+        return find_shortcut(host, data, searches)
 
     return together(host, find)
 

@@ -103,11 +103,23 @@ def _install_roots() -> tuple[str, ...]:
 
 def _installed(module_name: str) -> str | None:
     """Top-level package and version of what is installed; None for the user's own code."""
+    return _package_of(module_name, getattr(sys.modules.get(module_name), "__file__", None))
+
+
+@functools.cache
+def _package_of(module_name: str, file: str | None) -> str | None:
     package = module_name.partition(".")[0]
-    file = getattr(sys.modules.get(module_name), "__file__", None)
+    if package == __name__.partition(".")[0]:
+        return f"{package} {_own_source()}"  # its version does not tell, where it is installed to be worked on
     if package in sys.builtin_module_names or (file and any(map(Path(file).is_relative_to, _install_roots()))):
         return f"{package} {getattr(sys.modules.get(package), '__version__', sys.version_info[:2])}"
     return None
+
+
+@functools.cache
+def _own_source() -> str:
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    return digest(*(file.read_bytes() for file in files))
 
 
 class Description:

@@ -1,4 +1,4 @@
-"""What a search for the freeze boundary found, kept in this process for the next start on the same network.
+"""What a search for the freeze boundary found, kept for the next start on the same network: here and beside the store.
 
 A search runs some ten forwards. A second fit, or a fit that opens its store, would run them for the same answer. It is
 recalled where everything that could make it another one is known and the same, and checked again before it is used: a
@@ -7,19 +7,21 @@ training step on the features has to give the outputs and gradients of the plain
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, treespec_dumps, treespec_loads
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_unfreeze.features.calls import Call
+from lightning_unfreeze.features.calls import MISSING, Call, Leaf
 from lightning_unfreeze.features.describe import Description, NotUnderstoodError
 from lightning_unfreeze.features.key import fingerprint_of, held_by, hooks_of_others
 from lightning_unfreeze.features.prefix import FrozenPrefix, Run
@@ -43,7 +45,9 @@ class _Found(NamedTuple):
 _found: OrderedDict[str, _Found] = OrderedDict()
 
 
-def recall_prefix(network: nn.Module, images: Tensor, run: Run, batch: Any, conditions: Any) -> PrefixSearch:
+def recall_prefix(
+    network: nn.Module, images: Tensor, run: Run, batch: Any, conditions: Any, folder: Path | None = None
+) -> PrefixSearch:
     """As `find_prefix`, without a search where one was made before under the same key.
 
     Args:
@@ -53,9 +57,12 @@ def recall_prefix(network: nn.Module, images: Tensor, run: Run, batch: Any, cond
         batch: What the step gets, the images among it.
         conditions: What the step depends on besides (the Trainer's precision, its epoch), in JSON; None if that is not
             known: then there is always a search.
+        folder: Of what other processes found; None to ask and tell none of them.
     """
     key = search_key(network, batch, conditions)
-    if (found := _found.get(key)) is not None:
+    file = folder / f"{key[:24]}.pt" if key and folder is not None else None
+    found = _found.get(key) or (None if file is None else _read(file))
+    if found is not None:
         with suppress(Exception):  # whatever it is, a search says it better
             prefix = FrozenPrefix(network, run, images, found.entries, found.calls, found.stored)
             if not verify(prefix, images, modes=("training",)):
@@ -67,7 +74,38 @@ def recall_prefix(network: nn.Module, images: Tensor, run: Run, batch: Any, cond
         _found[key] = _Found(*search.prefix.found, search.prefix._writes_in_place, search.reason)
         if len(_found) > _MOST:
             _found.popitem(last=False)
+        if file is not None:
+            _write(file, _found[key])
     return search
+
+
+def _write(file: Path, found: _Found) -> None:
+    """For other processes; a form of outputs that cannot be written, or a full disk, costs them a search."""
+    part = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        calls = [(c.name, treespec_dumps(c.tree), [_parts(leaf) for leaf in c.leaves]) for c in found.calls]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({**found._asdict(), "calls": calls}, part)
+        part.replace(file)
+        for old in sorted(file.parent.glob("*.pt"), key=lambda path: path.stat().st_mtime)[:-_MOST]:
+            old.unlink()
+    except Exception:
+        part.unlink(missing_ok=True)
+
+
+def _read(file: Path) -> _Found | None:
+    with suppress(Exception):  # there is none, or it is of another version
+        held = torch.load(file, weights_only=True)
+        calls = [
+            Call(name, treespec_loads(tree), tuple(Leaf(*constant or (MISSING,), *rest) for constant, *rest in leaves))
+            for name, tree, leaves in held["calls"]
+        ]
+        return _Found(**{**held, "calls": calls})
+    return None
+
+
+def _parts(leaf: Leaf) -> list[Any]:
+    return [() if leaf.constant is MISSING else (leaf.constant,), leaf.dims, leaf.dtype, leaf.order]
 
 
 def search_key(network: nn.Module, batch: Any, conditions: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,14 +20,19 @@ from lightning_unfreeze.features.recall import recall_prefix
 from lightning_unfreeze.features.viewed import ViewedData
 
 
-def find_shortcut(host: Host, data: ViewedData) -> tuple[FrozenPrefix, str]:
+def find_shortcut(host: Host, data: ViewedData, searches: Path | None = None) -> tuple[FrozenPrefix, str]:
     """The frozen prefix for the training step, checked on a batch; and why it does not lie deeper. Called `aside`.
+
+    Args:
+        host: Whose step it is.
+        data: The training data.
+        searches: Folder of what was found before; None to look and leave nothing anywhere.
 
     Raises:
         NoStoreError: If there is none, with the reason.
     """
     images, step = data.form.images(data.fed), _step_on(host, data)
-    prefix, reason = recall_prefix(host.network, images, step, data.fed, host.conditions)
+    prefix, reason = recall_prefix(host.network, images, step, data.fed, host.conditions, searches)
     if prefix is None:
         raise NoStoreError(reason)
     check_step(host, prefix, data, training=True)

@@ -17,6 +17,8 @@ from torchvision import transforms as v1
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from lightning_unfreeze.data.transforms import CropStrip
+from lightning_unfreeze.features import describe
 from lightning_unfreeze.features import key as fingerprints
 from lightning_unfreeze.features.key import (
     dataset_fingerprint,
@@ -98,6 +100,16 @@ def scale(x, factor):
 
 class Identity:
     pass
+
+
+def test_transform_fingerprint__of_own_transforms_follows_the_source_of_the_package(monkeypatch):
+    transform = CropStrip()
+    before = transform_fingerprint(transform)
+    assert transform_fingerprint(transform) == before
+    describe._package_of.cache_clear()
+    monkeypatch.setattr(describe, "_own_source", lambda: "another")
+    assert transform_fingerprint(transform) != before
+    describe._package_of.cache_clear()
 
 
 def test_transform_fingerprint__tells_settings_of_transforms_apart():

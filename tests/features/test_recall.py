@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -55,9 +57,9 @@ def searches(monkeypatch):
     return made
 
 
-def start(network: nn.Module, images: Tensor | None = None, conditions: object = "fp32"):
+def start(network: nn.Module, images: Tensor | None = None, conditions: object = "fp32", folder: Path | None = None):
     images = torch.rand(4, 3, 12, 12, generator=torch.Generator().manual_seed(1)) if images is None else images
-    return recall_prefix(network, images, network, [images], conditions)
+    return recall_prefix(network, images, network, [images], conditions, folder)
 
 
 def test_recall__another_network_of_the_same_kind_is_not_searched_again(searches):
@@ -238,3 +240,84 @@ def test_recall__forgets_the_oldest(searches, monkeypatch):
         start(Net(), conditions=conditions)
     assert len(searches) == 4
     assert len(recall._found) == 2
+
+
+class Halves(Net):
+    """What crosses its boundary is a mapping that holds a constant beside the features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = Pair()
+
+    def forward(self, x: Tensor) -> Tensor:
+        halves = self.stem(x)
+        return self.head(self.block(halves["two"][0] * halves["scale"]).relu().mean((2, 3)))
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.requires_grad_(False).eval()
+
+    def forward(self, x: Tensor) -> dict[str, object]:
+        return {"two": (self.conv(x), None), "scale": 2}
+
+
+@pytest.fixture
+def other_process(monkeypatch):
+    """Forgets what this process knows, as another one would start."""
+    return lambda: monkeypatch.setattr(recall, "_found", type(recall._found)())
+
+
+@pytest.mark.parametrize("kind", [Net, Halves])
+def test_recall__another_process_finds_it_beside_the_store(kind, searches, other_process, tmp_path):
+    found = start(kind(), folder=tmp_path / "searches")
+    other_process()
+    network, images = kind(), torch.rand(5, 3, 12, 12)
+    recalled = start(network, folder=tmp_path / "searches")
+    assert len(searches) == 1
+    assert recalled.prefix.found == found.prefix.found
+    plain = network(images)
+    with recalled.prefix.replay(recalled.prefix.extract(images)) as x:
+        assert torch.equal(network(x), plain)
+    other_process()
+    start(kind(), conditions="bf16", folder=tmp_path / "searches")
+    assert len(searches) == 2
+    assert len(list((tmp_path / "searches").iterdir())) == 2  # one file each, no half one
+
+
+@pytest.mark.parametrize("content", [b"", b"half", None], ids=["empty", "half", "of another version"])
+def test_recall__a_file_that_cannot_be_read_costs_a_search(content, searches, other_process, tmp_path):
+    start(Net(), folder=tmp_path)
+    (file,) = tmp_path.iterdir()
+    torch.save({"calls": []}, file) if content is None else file.write_bytes(content)
+    other_process()
+    assert start(Net(), folder=tmp_path).prefix.boundary == "norm"
+    assert len(searches) == 2
+    other_process()
+    start(Net(), folder=tmp_path)
+    assert len(searches) == 2  # written anew
+
+
+def test_recall__a_full_disk_costs_nothing_but_the_file(searches, monkeypatch, tmp_path):
+    def fails(self, target):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(recall.Path, "replace", fails)
+    assert start(Net(), folder=tmp_path).prefix is not None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_recall__the_oldest_files_go(searches, monkeypatch, tmp_path):
+    monkeypatch.setattr(recall, "_MOST", 2)
+    for second, conditions in enumerate(("a", "b", "c")):
+        before = set(tmp_path.iterdir())
+        start(Net(), conditions=conditions, folder=tmp_path)
+        for file in set(tmp_path.iterdir()) - before:
+            os.utime(file, (second, second))
+    recall._found.clear()
+    assert len(list(tmp_path.iterdir())) == 2
+    for conditions in ("c", "b", "a"):
+        start(Net(), conditions=conditions, folder=tmp_path)
+    assert len(searches) == 4
