@@ -413,7 +413,7 @@ def test_error__of_a_missing_extra_says_what_to_install(
     assert "lightning-unfreeze[study]" in capsys.readouterr().err
 
 
-def test_error__at_the_start_leaves_no_empty_run_behind(
+def test_error__at_the_start_leaves_no_run_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -422,8 +422,23 @@ def test_error__at_the_start_leaves_no_empty_run_behind(
     assert_one_line([*line, "--data.root=nowhere"], r"root='nowhere': no such folder", capsys)
     assert list((tmp_path / "runs" / "fine_tune").iterdir()) == []
     (tmp_path / "runs" / "fine_tune" / "version_0").mkdir()  # of an earlier run: not ours to take away
-    assert_one_line([*line, "--data.root=nowhere"], r"root='nowhere': no such folder", capsys)
+    assert_one_line([*line, "--ckpt_path=nowhere.ckpt"], r"nowhere.ckpt", capsys)  # after all callbacks' `setup`
     assert [folder.name for folder in (tmp_path / "runs" / "fine_tune").iterdir()] == ["version_0"]
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_error__at_the_start_leaves_the_files_of_an_earlier_run(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    earlier = tmp_path / "runs" / "quickstart" / "mine" / "config.yaml"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("of an earlier run")
+    line = ["--config", str(CONFIGS / "quickstart.yaml"), "--trainer.logger.init_args.version=mine"]
+    assert_one_line([command, *line, "--ckpt_path=nowhere.ckpt"], "nowhere.ckpt", capsys)
+    assert [path.name for path in earlier.parent.iterdir()] == ["config.yaml"]
+    assert earlier.read_text() == "of an earlier run"
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
@@ -645,3 +660,6 @@ def test_quickstart__fits_then_tests_and_predicts(
     first = list(csv.DictReader(predictions.read_text().splitlines()))
     assert [row["file"] for row in first] == [row["file"] for row in rows[: len(first)]]
     assert 0 < len(first) < len(rows)
+    main(["validate", "--config", str(CONFIGS / "quickstart.yaml"), f"--ckpt_path={checkpoint}", *TINY])
+    configs = [yaml.safe_load(path.read_text()) for path in sorted(Path("runs").rglob("config.yaml"))]
+    assert [config["ckpt_path"] for config in configs] == [None, *[str(checkpoint)] * 4]  # each run's own

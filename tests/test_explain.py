@@ -95,7 +95,8 @@ def test_explain__of_a_checkpoint_without_a_config_needs_the_photos_alone(
     """As a script leaves it: nothing lies beside it. Its size and its classes travel in it."""
     alone = Path(shutil.copy(checkpoint, tmp_path / "alone.ckpt"))
     root = checkpoint.parents[2] / "photos"
-    main(["explain", "--ckpt_path", str(alone), f"--data.root={root}", "--data.batch_size", "4", *split])
+    main(["explain", "--ckpt_path", str(alone), f"--data.root={root}", "--data.batch_size", "4", *split, *QUIET])
+    assert "%|" not in capsys.readouterr().err  # no bar: the Trainer is as the line says
     with (tmp_path / "explain_val" / "samples.csv").open(newline="") as file:
         samples = {row["file"]: (row["truth"], row["guess"]) for row in csv.DictReader(file)}
     classifier = TransferClassifier.load_from_checkpoint(checkpoint)
@@ -127,6 +128,7 @@ def test_explain__without_a_checkpoint_or_a_config_says_so(tmp_path: Path, capsy
         (["--ckpt_path", str(tmp_path / "alone.ckpt")], "no config.yaml"),
         (["--ckpt_path", str(tmp_path / "alone.ckpt"), "--data.root", "x", "--data.siz=3"], "data.siz"),
         (["--ckpt_path", str(tmp_path / "alone.ckpt"), "--data.root=photos"], "one of a TransferClassifier"),
+        (["--ckpt_path", str(tmp_path / "alone.ckpt"), "--data.root=x", "--trainer.accelerator=gpux"], "gpux"),
     ):
         with pytest.raises(SystemExit):
             main(["explain", *arguments])

@@ -9,10 +9,8 @@ from collections.abc import Callable, Sequence
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_unfreeze.callbacks.error_report import ErrorReport
-from lightning_unfreeze.callbacks.tta import TTAEval
 from lightning_unfreeze.cli.checkpoints import config_beside, load_classifier
-from lightning_unfreeze.cli.parser import OneLineParser, UnfreezeCLI
+from lightning_unfreeze.cli.parser import OneLineParser, UnfreezeCLI, add_report
 from lightning_unfreeze.data.modules import ImageFolderData
 from lightning_unfreeze.reporting import show
 
@@ -27,7 +25,8 @@ def main(arguments: Sequence[str]) -> None:
     """
     parser = argparse.ArgumentParser(
         "lightning-unfreeze explain",
-        description="Shows where a checkpoint is wrong; other options are those of `lightning-unfreeze test`.",
+        description="Shows where a checkpoint is wrong; other options are those of `lightning-unfreeze test` (of "
+        "photos without a config: --data.* of ImageFolderData, and --trainer.*).",
         allow_abbrev=False,
     )
     parser.add_argument("--ckpt_path", metavar="FILE", help="a checkpoint of a fit; the report comes beside it")
@@ -65,12 +64,16 @@ def _on_split(split: str | None, judge: Callable[[str], object]) -> None:
 
 
 def _explain_photos(ckpt_path: str, split: str | None, arguments: Sequence[str]) -> None:
-    """Without a config: what the checkpoint knows, on photos that the command line names."""
+    """Without a config: what the checkpoint knows, on photos and a Trainer that the command line names."""
     parser = OneLineParser()
     parser.add_class_arguments(ImageFolderData, "data")
-    data = parser.instantiate_classes(parser.parse_args(list(arguments))).data
+    parser.add_lightning_class_args(pl.Trainer, "trainer")
+    given = parser.instantiate_classes(parser.parse_args(list(arguments)))
+    data, callbacks = given.data, list(given.trainer.callbacks or [])
+    add_report(callbacks)
+    alone = {"logger": False, "enable_checkpointing": False, "callbacks": callbacks}  # no run of its own
+    trainer = pl.Trainer(**{**given.trainer, **alone})
     classifier = load_classifier(ckpt_path)
-    trainer = pl.Trainer(logger=False, enable_checkpointing=False, callbacks=[TTAEval(), ErrorReport()])
     judges = {"test": trainer.test, "validate": trainer.validate}
 
     def judge(command: str) -> None:

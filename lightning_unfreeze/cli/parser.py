@@ -13,6 +13,7 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 import lightning_unfreeze
@@ -65,6 +66,35 @@ class StagedCLI(LightningCLI):
         return config.get(str(self.subcommand), config).get(key)
 
 
+class SavesWhenItRuns(SaveConfigCallback):
+    """Writes `config.yaml` when all is checked: written in `setup`, it would stay of a start that fails after that."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Too early; nothing is checked yet."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes the config of a fit."""
+        super().setup(trainer, pl_module, "fit")
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes that of `validate`; the validations of a fit come before it trains, or after."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            super().setup(trainer, pl_module, "validate")
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes that of `test`."""
+        super().setup(trainer, pl_module, "test")
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes that of `predict`."""
+        super().setup(trainer, pl_module, "predict")
+
+
+def add_report(callbacks: list[Any]) -> None:
+    """Adds what shows where a model is wrong, as far as it is not there."""
+    callbacks += [kind() for kind in (TTAEval, ErrorReport) if kind not in map(type, callbacks)]
+
+
 class UnfreezeCLI(StagedCLI):
     """StagedCLI for any LightningModule and LightningDataModule; the plan sets the number of epochs."""
 
@@ -83,7 +113,7 @@ class UnfreezeCLI(StagedCLI):
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 # what explains leaves no run of its own behind: its files lie beside the checkpoint
-                save_config_callback=None if explains else SaveConfigCallback,
+                save_config_callback=None if explains else SavesWhenItRuns,
                 save_config_kwargs={"overwrite": True},
                 seed_everything_default=0,
                 # -1 instead of Lightning's None: GradualUnfreeze sets the number, and None makes Lightning warn of 1000
@@ -123,10 +153,8 @@ class UnfreezeCLI(StagedCLI):
         kinds = {type(each) for each in callbacks}
         if self.subcommand == "predict" and PredictionsCSV not in kinds:
             callbacks.append(PredictionsCSV(all_probabilities=self._all_probabilities))
-        if self._explains and TTAEval not in kinds:
-            callbacks.append(TTAEval())
-        if (self._explains or (self.subcommand == "test" and TTAEval in kinds)) and ErrorReport not in kinds:
-            callbacks.append(ErrorReport())
+        if self._explains or (self.subcommand == "test" and TTAEval in kinds):
+            add_report(callbacks)
         for callback in trainer.checkpoint_callbacks if self._explains else ():
             if isinstance(callback, ModelCheckpoint):
                 callback.dirpath = str(Path(self._value(self.config_init, "ckpt_path")).parent)
