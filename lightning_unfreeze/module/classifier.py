@@ -24,7 +24,13 @@ from lightning_unfreeze.layers.families import HEAD
 from lightning_unfreeze.layers.groups import layer_groups
 from lightning_unfreeze.layers.param_groups import decay_groups
 from lightning_unfreeze.module.backbones import build_network
-from lightning_unfreeze.module.knowledge import check_known, input_differences, plain_config, versions
+from lightning_unfreeze.module.knowledge import (
+    check_known,
+    input_differences,
+    normalisation_of_file,
+    plain_config,
+    versions,
+)
 from lightning_unfreeze.module.tasks import MultiLabel, SingleLabel, Task, TaskName, batch_of
 
 if TYPE_CHECKING:
@@ -161,6 +167,11 @@ class TransferClassifier(pl.LightningModule):
             self.class_names = None if names is None else list(names)
         if stage == "fit" and self.hparams["class_weights"] == "balanced":
             self.loss_weights = self._balanced_weights(datamodule)
+        file, own = self.hparams["pretrained"], self.hparams["data_config"] or {}
+        starts = stage == "fit" and not self.trainer.ckpt_path  # which knows its input
+        if starts and isinstance(file, str) and hasattr(datamodule, "data_config") and not {"mean", "std"} & set(own):
+            backbone = self.hparams["backbone"]
+            rank_zero_info(normalisation_of_file(file, backbone, self._data_config, datamodule.data_config))
 
     def _check_count(self, in_data: int) -> None:
         if in_data != self.task.size:

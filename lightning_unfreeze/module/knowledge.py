@@ -40,6 +40,25 @@ def input_differences(trained: Mapping[str, Any], given: Mapping[str, Any]) -> l
     return [f"{name} {here} instead of {there}" for name, here, there in pairs if here != there]
 
 
+def normalisation_of_file(file: str, backbone: str, expected: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """What is said of weights from a file, which does not tell the input that they were trained on.
+
+    Args:
+        file: Of weights.
+        backbone: Their network.
+        expected: The data config that the network's name stands for.
+        given: That of the data module.
+    """
+    values = {name: [round(float(each), 4) for each in given[name]] for name in ("mean", "std")}
+    by_name = all(_plain(given[name]) == _plain(expected[name]) for name in values)
+    source = f"known for {backbone!r}" if by_name else "of the data module"
+    return (
+        f"{file} does not tell how images were normalised for it; here they are with mean {values['mean']} and std "
+        f"{values['std']}, {source}. If those were others, give them: data_config={{'mean': ..., 'std': ...}} "
+        "(--model.data_config)."
+    )
+
+
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a data config that says how images are prepared, in primitives."""
     known = {name: config[name] for name in (*_OF_THE_INPUT, "crop_mode") if name in config}

@@ -529,6 +529,27 @@ def test_fit__of_a_trained_model_on_other_classes_says_that_its_outputs_change(t
     assert module.class_names == ["wolf", "zebra"]
 
 
+@pytest.mark.parametrize(
+    ("of_model", "of_data", "said"),
+    [
+        ({}, None, "mean [0.3] and std [0.35], known for 'digits_resnet'. "),
+        ({}, {"mean": [0.5], "std": [0.5]}, "mean [0.5] and std [0.5], of the data module. "),
+        ({"data_config": {"mean": [0.5], "std": [0.5]}}, None, ""),  # the user's word
+        ({"pretrained": True}, None, ""),  # published weights come with theirs
+    ],
+)
+def test_fit__from_a_file_of_weights_says_by_which_normalisation(
+    of_model: dict[str, Any], of_data: dict[str, Any] | None, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
+    trainer(fast_dev_run=True).fit(
+        digits(**{"pretrained": str(WEIGHTS), **of_model}), datamodule=DigitsData(data_config=of_data)
+    )
+    lines = [line for line in caplog.messages if "normalised" in line]
+    assert len(lines) == bool(said)
+    assert all(str(WEIGHTS) in line and said in line and "--model.data_config" in line for line in lines)
+
+
 def test_checkpoint__knows_the_input_that_the_data_module_gave(tmp_path: Path) -> None:
     options: dict[str, Any] = {"image_size_px": 16, "data_config": {"mean": [0.1], "std": [0.7], "crop_pct": 0.9}}
     runner = trainer(max_epochs=1, num_sanity_val_steps=0, limit_train_batches=1, limit_val_batches=1)
