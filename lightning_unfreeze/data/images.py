@@ -136,7 +136,9 @@ def decode(path: Path, mode: Literal["L", "RGB"] = "RGB") -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    image.load()  # first: a PNG may have its EXIF at the end, and Pillow turns a TIFF itself while it loads
+    image.load()  # first: a PNG may have its EXIF at the end
+    if image.format == "TIFF":  # turned by Pillow while it loads; Pillow 10.0 leaves the orientation in its EXIF
+        return image
     try:
         turn = _TURN.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # damaged EXIF says nothing of the orientation
