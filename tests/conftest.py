@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from lightning.fabric.utilities import registry
 from matplotlib.figure import Figure
 
 torch.set_num_threads(1)
+# Lightning keeps its log to itself where the root logger had no handler when it was imported: `caplog` sees none of it
+logging.getLogger("lightning.pytorch").propagate = True
 # Each Trainer reads the metadata of every installed package, to find callbacks that packages register; once will do
 registry.entry_points = functools.cache(registry.entry_points)  # type: ignore[attr-defined]
 # `torch.manual_seed` writes the whole stack down for each accelerator that is not there, in every training step

@@ -182,8 +182,8 @@ class LRFinderPerStage(StageCallback):
         self._ladder: list[tuple[float, bool]] = []  # rate of each stage that had one, and whether the head alone
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Forgets the results of an earlier fit; those of a checkpoint are loaded after this."""
-        if stage == "fit":
+        """Forgets the results of a fit that this one does not go on with; those of a checkpoint are loaded after it."""
+        if stage == "fit" and trainer.current_epoch == 0 and trainer.global_step == 0:
             self.results, self._ladder = {}, []
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -199,15 +199,16 @@ class LRFinderPerStage(StageCallback):
             )
 
     def on_stage_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
-        """Runs the range test, unless the stage has a rate, or was resumed and so has one already."""
-        if self.run is None or self.run.resumed:
+        """Runs the range test, unless the stage has a rate, as one that a checkpoint was written in."""
+        if self.run is None or (self.run.resumed and trainer.ckpt_path):
             return
         head_alone = stage.train == "head"
         if self.run.planned and stage.lr != "find":
             if stage.lr is not None:
                 self._ladder.append((float(stage.lr), head_alone))
             return
-        # kept results are those of a checkpoint that was written after the test and before the first step
+        # kept results are those of a checkpoint that was written after the test and before the first step, or of the
+        # fit that this Trainer goes on with
         if self.run.restaged or stage.name not in self.results:
             self.results[stage.name] = self.range_test(trainer, pl_module, stage.name)
             if trainer.is_global_zero:

@@ -168,12 +168,12 @@ class CosineRestarts(StageCallback):
         if not self.run.resumed:
             self._best.kept, self._judge = None, None
             self.cycle_values.pop(stage.name, None)  # of the plan before, where the stage was restaged
-            if stage.until is not None:
-                self._judge = Judge(stage.until, self._monitor.mode, self.min_delta, stage.patience_epochs)
-                value = self._best.value_now(trainer)
-                if value is not None:
-                    self._judge.started_from(value)
-                    self._keep(trainer, pl_module)
+        if stage.until is not None and self._judge is None:  # it starts, or its Trainer's next fit goes on with it
+            self._judge = Judge(stage.until, self._monitor.mode, self.min_delta, stage.patience_epochs)
+            value = self._best.value_now(trainer)
+            if value is not None:
+                self._judge.started_from(value)
+                self._keep(trainer, pl_module)
         self._cycle = None if course is None else course.running(self._place(trainer, self.run, to_come=True))
         self._write(trainer, to_come=True)
 

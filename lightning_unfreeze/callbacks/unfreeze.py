@@ -138,9 +138,7 @@ class GradualUnfreeze(Conductor):
         refuse_sync_batchnorm(trainer, pl_module)
         refuse_manual_optimization(pl_module)
         refuse_clashing_callbacks(trainer, self)
-        present = {base.__name__ for player in players(trainer) for base in type(player).__mro__}
-        if missing := unserved(self.stages, present):
-            raise MisconfigurationException(missing)
+        self._check_needs(trainer)
         refuse_fixed_image_size(trainer, image_sizes(self.stages))
         self._set_max_epochs(trainer)
         one_order_on_all_ranks(trainer, lambda epoch: ("order", self.progress.seed or 0, epoch))
@@ -151,6 +149,11 @@ class GradualUnfreeze(Conductor):
         # a module that builds its network in `configure_model` is looked at in `on_fit_start`, when it is there
         if not is_overridden("configure_model", pl_module):
             self._find_groups(pl_module)
+
+    def _check_needs(self, trainer: pl.Trainer) -> None:
+        present = {base.__name__ for player in players(trainer) for base in type(player).__mro__}
+        if missing := unserved(self.stages, present):
+            raise MisconfigurationException(missing)
 
     def _set_max_epochs(self, trainer: pl.Trainer) -> None:
         if not (trainer.fast_dev_run or trainer.current_epoch > 0):  # type: ignore[attr-defined]
@@ -441,8 +444,7 @@ class GradualUnfreeze(Conductor):
         except ValueError as error:
             raise MisconfigurationException(f"{error}") from None
         if difference:
-            name = self.stages[self._index].name
-            rank_zero_info(f"the plan has changed ({difference}); going on in stage {name!r}")
+            rank_zero_info(f"the plan has changed ({difference}); going on in stage {self.stages[self._index].name!r}")
         self._expect_end(trainer)
         if self.progress.over and self._resume is not None:  # the last stage ended before its time
             trainer.fit_loop.max_epochs = self._resume.next_epoch

@@ -562,6 +562,28 @@ def test_finder__a_resumed_run_takes_the_result_from_the_checkpoint_and_says_its
     assert same_weights(whole, resumed) == []
 
 
+@pytest.mark.parametrize("planned", [True, False])
+def test_finder__a_fit_that_goes_on_in_its_trainer_keeps_the_rate(planned: bool) -> None:
+    """Stopped after an epoch, then `fit` again: Lightning makes the optimizer anew, at the rate that it was given."""
+    plan = [GradualUnfreeze([Stage("full", epochs=3, lr="find", lr_mult=1 / 3)])] if planned else []
+    rates: list[list[float]] = []
+
+    def stop_after_the_first(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+        trainer.should_stop = len(rates) == 1
+
+    finder, module = LRFinderPerStage(1e-4, 10.0, num_steps=60), Learnable()
+    options = {} if planned else {"max_epochs": 3}
+    trainer = quiet_trainer([*plan, finder, Does(on_train_epoch_end=stop_after_the_first)], **options)
+    trainer.fit(module, blobs())
+    assert trainer.current_epoch == 1
+    trainer.fit(module, blobs())
+    assert trainer.current_epoch == 3
+    (result,) = finder.results.values()
+    assert result.suggestion not in (None, 0.01)
+    assert rates == [[result.suggestion * ratio for ratio in ((1 / 3, 1) if planned else (1,))]] * 3
+
+
 # --- what it leaves
 
 

@@ -427,6 +427,27 @@ def test_until__stops_by_the_rule_and_keeps_the_best_cycle_end(
         assert torch.equal(value, every.weights[kept - 1][key]), key
 
 
+def test_until__and_the_rates_go_on_in_the_next_fit_of_a_trainer() -> None:
+    """Stopped after an epoch, then `fit` again: as one fit, but that its judge begins anew."""
+
+    def fitted(stop_after: int) -> tuple[Script, int]:
+        def stop(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+            trainer.should_stop = trainer.current_epoch + 1 == stop_after
+
+        module = Script([3, 2, 1, 1, 9])
+        plan = [Stage("full", lr=0.1, cycle_len=1, num_cycles=6, until="overfit")]
+        trainer = quiet_trainer([GradualUnfreeze(plan), CosineRestarts(), Does(on_train_epoch_end=stop)])
+        trainer.fit(module, points(3), points(1))
+        if stop_after:
+            assert trainer.current_epoch == stop_after
+            trainer.fit(module, points(3), points(1))
+        return module, trainer.current_epoch
+
+    whole, parts = fitted(0), fitted(1)
+    assert whole[1] == parts[1] == 4
+    assert parts[0].rates == whole[0].rates
+
+
 @pytest.mark.parametrize("overfits", [True, False])
 def test_until__on_data_that_overfits_and_on_data_that_does_not(overfits: bool) -> None:
     generator = torch.Generator().manual_seed(0)
