@@ -295,7 +295,8 @@ class LRFinderPerStage(StageCallback):
 
     def _steps_to_come(self, trainer: pl.Trainer) -> int | None:
         steps = steps_of_epoch(trainer)
-        if steps is None or self.run is None:
+        # a head that goes on alone gains nothing from what it destroys, however many steps it has: it has one minimum
+        if steps is None or self.run is None or self.run.stage.train == "head":
             return None
         if self.run.planned:
             return steps * self.run.stage.num_epochs
@@ -304,7 +305,7 @@ class LRFinderPerStage(StageCallback):
 
     def _warmup_steps(self, trainer: pl.Trainer) -> float:
         steps = steps_of_epoch(trainer)
-        if steps is None or self.run is None or not self.run.stage.cycle_epochs:
+        if steps is None or self.run is None or not self.run.stage.cycle_epochs or self.run.stage.train == "head":
             return 0.0
         share = as_fraction(max(player.warmup_share for player in [self, *players(trainer)]))
         return float(share * steps * self.run.stage.cycle_epochs[0])

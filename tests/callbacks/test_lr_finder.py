@@ -187,6 +187,15 @@ def test_finder__a_warm_up_of_three_steps_lets_the_rate_be_three_times_as_high(
     assert result.suggestion == pytest.approx(result.answer().rise / part)  # type: ignore[operator]
 
 
+def test_finder__a_head_that_goes_on_alone_gets_a_twentieth_of_the_rise_however_long_it_trains() -> None:
+    script: list[float | None] = [0.4 + 0.05 * (-1) ** step + max(0.0, (step - 60) / 10) ** 2 for step in range(100)]
+    finder, stage = LRFinderPerStage(method="below_rise"), Stage("head", train="head", lr="find", cycle_len=40)
+    restarts = CosineRestarts(warmup=0.5)
+    quiet_trainer([GradualUnfreeze([stage]), finder, restarts]).fit(Scripted(script * 2), numbers())
+    result = finder.results["head"]
+    assert result.suggestion == pytest.approx(result.answer().rise / 20)  # type: ignore[operator]
+
+
 @pytest.mark.filterwarnings("ignore:stage .* no signal")
 @pytest.mark.parametrize(
     ("make_loader", "optimizer", "options"),
