@@ -627,6 +627,24 @@ def test_one_line_errors__serve_a_command_line_of_ones_own(
         assert said.count("\n") == 1 and re.search(says, said), said
 
 
+def test_command__keeps_the_line_of_the_process_by_which_ddp_starts_the_other_ranks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["lightning-unfreeze", "fit", *QUICK, "--trainer.devices=2", "--trainer.strategy=ddp", *TINY]
+    monkeypatch.setattr("sys.argv", line)
+    started: list[list[str]] = []
+
+    def start(command: list[str], **options: object) -> None:
+        started.append([*command])
+        raise OSError("this is enough")
+
+    monkeypatch.setattr("subprocess.Popen", start)
+    with pytest.raises(SystemExit):
+        main()
+    assert "this is enough" in capsys.readouterr().err
+    assert [command[-len(line) + 1 :] for command in started] == [line[1:]]
+
+
 def test_help__imports_neither_torch_nor_lightning() -> None:
     check = (
         "import sys; from lightning_unfreeze.cli import main; main(['--help']); "

@@ -38,6 +38,7 @@ from lightning_unfreeze.callbacks.lr_finder import LRFinderPerStage
 from lightning_unfreeze.callbacks.precompute import PrecomputeFeatures
 from lightning_unfreeze.callbacks.restarts import CosineRestarts
 from lightning_unfreeze.callbacks.unfreeze import GradualUnfreeze
+from lightning_unfreeze.cli.parser import SavesWhenItRuns
 from lightning_unfreeze.reporting import row
 from lightning_unfreeze.stages.plan import Stage
 from tests.zoo import (
@@ -248,7 +249,8 @@ def test_interrupt__writes_the_table_and_says_how_to_go_on(
 ) -> None:
     before = signal.getsignal(signal.SIGINT)  # Lightning ignores it from then on
     last = ModelCheckpoint(tmp_path, save_last=True)
-    others = [type("SaveConfigCallback", (Callback,), {})()] if from_the_command_line else []
+    others = [SavesWhenItRuns(None, None)] if from_the_command_line else []  # type: ignore[arg-type]
+    monkeypatch.setattr(SavesWhenItRuns, "on_train_start", Callback.on_train_start)
     monkeypatch.setattr(sys, "argv", ["/bin/lightning-unfreeze", "fit", "-c", "my plan.yaml", "--ckpt_path=old.ckpt"])
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"), pytest.raises(SystemExit):
         fit(tmp_path, last, Raises(8, KeyboardInterrupt()), *others)

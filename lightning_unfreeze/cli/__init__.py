@@ -51,21 +51,17 @@ def main(args: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(_HELP)  # before Lightning is imported, which takes seconds
         return
-    process_argv, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns of arguments that the process has besides
     from lightning_unfreeze.cli.errors import one_line_errors
 
     # Lightning 2.6 on torch 2.14: nothing that a user of the command line could mend
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-    try:
-        with one_line_errors():
-            command = arguments[0]
-            if command.startswith("-"):  # LightningCLI's own, e.g. `--config FILE fit`
-                command = "fit"
-            elif command not in _COMMANDS:
-                raise ValueError(f"{command!r} is no command; give one of {', '.join(_COMMANDS)}")
-            import_module(f"lightning_unfreeze.cli.{_COMMANDS[command]}").main(arguments)
-    finally:
-        sys.argv = process_argv
+    with one_line_errors():
+        command = arguments[0]
+        if command.startswith("-"):  # LightningCLI's own, e.g. `--config FILE fit`
+            command = "fit"
+        elif command not in _COMMANDS:
+            raise ValueError(f"{command!r} is no command; give one of {', '.join(_COMMANDS)}")
+        import_module(f"lightning_unfreeze.cli.{_COMMANDS[command]}").main(arguments)
 
 
 def _with_packaged_configs(arguments: list[str]) -> list[str]:

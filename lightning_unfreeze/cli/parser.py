@@ -52,10 +52,8 @@ class StagedCLI(LightningCLI):
             return
         line = list(sys.argv[1:] if args is None else args)
         self._stage_options = take_stage_options(line)
-        if args is None:
-            self.config = parser.parse_args(line)  # LightningCLI would warn of a line beside that of the process
-        else:
-            super().parse_arguments(parser, line)
+        # LightningCLI would warn of a line beside that of the process, by which DDP starts the other ranks
+        self.config = parser.parse_args(line)
 
     def before_instantiate_classes(self) -> None:
         """Changes single stages, as the command line says."""

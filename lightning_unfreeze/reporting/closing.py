@@ -61,7 +61,8 @@ def _savers(trainer: pl.Trainer) -> list[ModelCheckpoint]:
 
 def _from_the_command_line(trainer: pl.Trainer) -> bool:
     # by name: the class itself would import jsonargparse
-    return any(type(callback).__name__ == "SaveConfigCallback" for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    kinds = {kind.__name__ for callback in trainer.callbacks for kind in type(callback).__mro__}  # type: ignore[attr-defined]
+    return "SaveConfigCallback" in kinds
 
 
 def _command(checkpoint: str) -> str:
