@@ -92,8 +92,8 @@ def test_nine_steps__take_their_numbers() -> None:
     assert isinstance(conductor, GradualUnfreeze)
     assert (conductor.network, conductor.train_bn) == ("model", True)
     full = conductor.stages[-1]
-    assert (full.lr_span, full.num_epochs, full.until) == (1 / 100, 1, None)
-    assert [stage.num_epochs for stage in nine_steps(max_cycles=4)[0].stages] == [2, 3, 1 + 2 + 4 + 8]  # type: ignore[attr-defined]
+    assert (full.lr_span, full.num_epochs, full.until) == (1 / 100, 3, None)
+    assert [stage.num_epochs for stage in nine_steps(max_cycles=4)[0].stages] == [2, 2, 3 + 6 + 12 + 24]  # type: ignore[attr-defined]
     head = nine_steps(head_epochs=2)[0].stages[0]  # type: ignore[attr-defined]
     assert (head.solve, head.precompute, head.num_epochs, head.lr) == (False, True, 2, "find")
 
@@ -174,15 +174,15 @@ def test_nine_steps__run_on_a_task_with_a_scheduler_of_its_own_that_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    conductor, *others = nine_steps(max_cycles=2)
+    conductor, *others = nine_steps(max_cycles=1)
     assert isinstance(conductor, GradualUnfreeze)
     with pytest.raises(MisconfigurationException, match=r"ReduceLROnPlateau.*scheduler="):
         quiet_trainer([conductor, *others]).fit(ScenesTask(), DataLoader(Scenes(), 4), DataLoader(Scenes(), 4))
-    conductor, *others = nine_steps(max_cycles=2)
+    conductor, *others = nine_steps(max_cycles=1)
     conductor = GradualUnfreeze(conductor.stages, train_bn=False, scheduler="replace")  # type: ignore[attr-defined]
     trainer = quiet_trainer([conductor, *others])
     trainer.fit(ScenesTask(), DataLoader(Scenes(), 4), DataLoader(Scenes(), 4))
-    assert trainer.current_epoch >= 1 + 2 + 1
+    assert trainer.current_epoch >= 1 + 2 + 3
     assert "val_acc_tta" in trainer.callback_metrics
 
 
@@ -190,7 +190,7 @@ def test_nine_steps__run_on_a_task_with_a_scheduler_of_its_own_that_is_replaced(
 def test_nine_steps__run_on_a_hugging_face_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
-    trainer = quiet_trainer(nine_steps(max_cycles=2))
+    trainer = quiet_trainer(nine_steps(max_cycles=1))
     trainer.fit(HuggingFaceModule(build("ViT")), photo_loader(), photo_loader())
     # plain is what the module logged itself: the logits were found in `outputs.logits`
     assert trainer.callback_metrics["val_acc_plain"] == trainer.callback_metrics["val_acc"]

@@ -21,7 +21,7 @@ from lightning_unfreeze.stages.plan import Stage
 def nine_steps(
     network: str | None = None,
     lr_span: float = 1 / 9,
-    max_cycles: int = 3,
+    max_cycles: int = 2,
     train_bn: bool = False,
     head_epochs: int | None = None,
     scheduler: Literal["error", "replace"] = "error",
@@ -39,7 +39,8 @@ def nine_steps(
         network: Attribute of the module that holds the network; None finds it.
         lr_span: Rate of the first layer group over that of the last in the last stage: 1/9 for data that is unlike the
             pretraining data, 1/100 for data that is like it.
-        max_cycles: Most cycles of the last stage, each twice as long as the one before; it ends when it over-fits.
+        max_cycles: Most cycles of the last stage, which ends when it over-fits. The first is of three epochs, each of
+            the others twice as long as the one before.
         train_bn: Whether pretrained BatchNorm updates its statistics in layer groups that train.
         head_epochs: None solves the head where that can be done, else trains it for two epochs; a number always trains
             it, for that long.
@@ -54,12 +55,12 @@ def nine_steps(
     """
     stages = [
         _head("head_on_features", head_epochs),
-        Stage("head_augmented", train="head", lr="find", cycle_len=1, num_cycles=3, until="overfit"),
+        Stage("head_augmented", train="head", lr="find", cycle_len=1, num_cycles=2, until="overfit"),
         Stage(
             "full",
             lr="find",
             lr_span=lr_span,
-            cycle_len=1,
+            cycle_len=3,
             cycle_mult=2,
             num_cycles=max_cycles,
             until="overfit" if max_cycles > 1 else None,
