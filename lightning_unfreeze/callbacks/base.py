@@ -295,6 +295,11 @@ def players(trainer: pl.Trainer) -> list[StageCallback]:
     return sorted(found, key=lambda player: player.order)
 
 
+def goes_on(trainer: pl.Trainer) -> bool:
+    """Whether a fit goes on where the last one of its Trainer was stopped."""
+    return trainer.current_epoch > 0 or trainer.global_step > 0
+
+
 def plan_to_tell(trainer: pl.Trainer) -> list[dict[str, Any]]:
     """The stages as a file of weights tells them; none in a fit without a plan."""
     conducting = conductor(trainer)

@@ -13,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from matplotlib.figure import Figure
 
-from lightning_unfreeze.callbacks.base import StageCallback, players
+from lightning_unfreeze.callbacks.base import StageCallback, goes_on, players
 from lightning_unfreeze.inside_lightning.loaders import fresh_batches
 from lightning_unfreeze.inside_lightning.sandbox import sandbox
 from lightning_unfreeze.inside_lightning.steps import optimizer_step, steps_of_epoch
@@ -45,7 +45,8 @@ class RangeTest:
         lrs: Rate of the param group with the highest peak, per step.
         losses: Mean loss over ranks and micro-batches, per step, as measured.
         method: The rule that sets the rate.
-        steps: Optimizer steps of the stage, which a rate from below the rise depends on; None where not known.
+        steps: Optimizer steps of the stage, which a rate from below the rise depends on; None where they are not known,
+            or a head trains alone.
         warmup_steps: Those of its first cycle in which the rate rises to its peak.
     """
 
@@ -183,7 +184,7 @@ class LRFinderPerStage(StageCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forgets the results of a fit that this one does not go on with; those of a checkpoint are loaded after it."""
-        if stage == "fit" and trainer.current_epoch == 0 and trainer.global_step == 0:
+        if stage == "fit" and not goes_on(trainer):
             self.results, self._ladder = {}, []
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -291,12 +292,14 @@ class LRFinderPerStage(StageCallback):
         method = self.method
         if method == "auto":
             method = "valley" if self.run is None or self.run.index == 0 else "below_rise"
+        # a head alone has one minimum: it gains nothing from what a high rate destroys, however many steps it has
+        if self.run is not None and self.run.stage.train == "head":
+            return RangeTest(lrs, losses, method)
         return RangeTest(lrs, losses, method, self._steps_to_come(trainer), self._warmup_steps(trainer))
 
     def _steps_to_come(self, trainer: pl.Trainer) -> int | None:
         steps = steps_of_epoch(trainer)
-        # a head that goes on alone gains nothing from what it destroys, however many steps it has: it has one minimum
-        if steps is None or self.run is None or self.run.stage.train == "head":
+        if steps is None or self.run is None:
             return None
         if self.run.planned:
             return steps * self.run.stage.num_epochs
@@ -305,7 +308,7 @@ class LRFinderPerStage(StageCallback):
 
     def _warmup_steps(self, trainer: pl.Trainer) -> float:
         steps = steps_of_epoch(trainer)
-        if steps is None or self.run is None or not self.run.stage.cycle_epochs or self.run.stage.train == "head":
+        if steps is None or self.run is None or not self.run.stage.cycle_epochs:
             return 0.0
         share = as_fraction(max(player.warmup_share for player in [self, *players(trainer)]))
         return float(share * steps * self.run.stage.cycle_epochs[0])

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from lightning_unfreeze.callbacks.base import Conductor, StageRun, players
+from lightning_unfreeze.callbacks.base import Conductor, StageRun, goes_on, players
 from lightning_unfreeze.inside_lightning import stopping
 from lightning_unfreeze.inside_lightning.clashes import (
     refuse_clashing_callbacks,
@@ -132,7 +132,7 @@ class GradualUnfreeze(Conductor):
         super().setup(trainer, pl_module, stage)
         self._modes.end()
         self._loaded, self._resume = None, None
-        if trainer.current_epoch == 0 and trainer.global_step == 0:  # else the Trainer goes on where it was stopped
+        if not goes_on(trainer):
             self.progress, self.journal, self.stages = Progress(), StageJournal(), list(self._given_stages)
         refuse_untested_strategy(trainer)
         refuse_sync_batchnorm(trainer, pl_module)

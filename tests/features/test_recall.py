@@ -264,16 +264,10 @@ class Pair(nn.Module):
         return {"two": (self.conv(x), None), "scale": 2}
 
 
-@pytest.fixture
-def other_process(monkeypatch):
-    """Forgets what this process knows, as another one would start."""
-    return lambda: monkeypatch.setattr(recall, "_found", type(recall._found)())
-
-
 @pytest.mark.parametrize("kind", [Net, Halves])
-def test_recall__another_process_finds_it_beside_the_store(kind, searches, other_process, tmp_path):
+def test_recall__another_process_finds_it_beside_the_store(kind, searches, tmp_path):
     found = start(kind(), folder=tmp_path / "searches")
-    other_process()
+    recall._found.clear()  # as another process starts
     network, images = kind(), torch.rand(5, 3, 12, 12)
     recalled = start(network, folder=tmp_path / "searches")
     assert len(searches) == 1
@@ -281,21 +275,21 @@ def test_recall__another_process_finds_it_beside_the_store(kind, searches, other
     plain = network(images)
     with recalled.prefix.replay(recalled.prefix.extract(images)) as x:
         assert torch.equal(network(x), plain)
-    other_process()
+    recall._found.clear()  # as another process starts
     start(kind(), conditions="bf16", folder=tmp_path / "searches")
     assert len(searches) == 2
     assert len(list((tmp_path / "searches").iterdir())) == 2  # one file each, no half one
 
 
 @pytest.mark.parametrize("content", [b"", b"half", None], ids=["empty", "half", "of another version"])
-def test_recall__a_file_that_cannot_be_read_costs_a_search(content, searches, other_process, tmp_path):
+def test_recall__a_file_that_cannot_be_read_costs_a_search(content, searches, tmp_path):
     start(Net(), folder=tmp_path)
     (file,) = tmp_path.iterdir()
     torch.save({"calls": []}, file) if content is None else file.write_bytes(content)
-    other_process()
+    recall._found.clear()  # as another process starts
     assert start(Net(), folder=tmp_path).prefix.boundary == "norm"
     assert len(searches) == 2
-    other_process()
+    recall._found.clear()  # as another process starts
     start(Net(), folder=tmp_path)
     assert len(searches) == 2  # written anew
 
