@@ -45,9 +45,10 @@ class RangeTest:
         lrs: Rate of the param group with the highest peak, per step.
         losses: Mean loss over ranks and micro-batches, per step, as measured.
         method: The rule that sets the rate.
-        steps: Optimizer steps of the stage, which a rate from below the rise depends on; None where they are not known,
-            or a head trains alone.
+        steps: Optimizer steps of the stage, which a rate from below the rise depends on; None where not known.
         warmup_steps: Those of its first cycle in which the rate rises to its peak.
+        head_alone: Whether nothing but the head trains. It has one minimum and gains nothing from what a high rate
+            destroys, so its rate from below the rise depends on neither.
     """
 
     lrs: list[float]
@@ -55,6 +56,7 @@ class RangeTest:
     method: SuggestionMethod
     steps: int | None = None
     warmup_steps: float = 0.0
+    head_alone: bool = False
 
     @property
     def smoothed(self) -> list[float]:
@@ -78,8 +80,8 @@ class RangeTest:
             self.smoothed[read],
             method or self.method,
             self.losses[read],
-            steps=self.steps,
-            warmup_steps=self.warmup_steps,
+            steps=None if self.head_alone else self.steps,
+            warmup_steps=0.0 if self.head_alone else self.warmup_steps,
             clear=_CLEAR_RISE,
         )
 
@@ -292,10 +294,9 @@ class LRFinderPerStage(StageCallback):
         method = self.method
         if method == "auto":
             method = "valley" if self.run is None or self.run.index == 0 else "below_rise"
-        # a head alone has one minimum: it gains nothing from what a high rate destroys, however many steps it has
-        if self.run is not None and self.run.stage.train == "head":
-            return RangeTest(lrs, losses, method)
-        return RangeTest(lrs, losses, method, self._steps_to_come(trainer), self._warmup_steps(trainer))
+        steps, warmup_steps = self._steps_to_come(trainer), self._warmup_steps(trainer)
+        head_alone = self.run is not None and self.run.stage.train == "head"
+        return RangeTest(lrs, losses, method, steps, warmup_steps, head_alone)
 
     def _steps_to_come(self, trainer: pl.Trainer) -> int | None:
         steps = steps_of_epoch(trainer)

@@ -213,7 +213,7 @@ class PrecomputeFeatures(StageCallback):
         reason, owners, root = "", _owners(trainer), self._root(trainer)
         with host.aside(), torch.enable_grad():
             if data.name == "train":
-                prefix, reason = _shortcut(trainer, host, data, owners, root / "searches")
+                prefix, reason = _shortcut(trainer, host, data, owners, root / "searches.pt")
             else:
                 prefix = self._stores["train"].prefix
                 host.network.eval()

@@ -7,7 +7,6 @@ training step on the features has to give the outputs and gradients of the plain
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
@@ -46,7 +45,7 @@ _found: OrderedDict[str, _Found] = OrderedDict()
 
 
 def recall_prefix(
-    network: nn.Module, images: Tensor, run: Run, batch: Any, conditions: Any, folder: Path | None = None
+    network: nn.Module, images: Tensor, run: Run, batch: Any, conditions: Any, file: Path | None = None
 ) -> PrefixSearch:
     """As `find_prefix`, without a search where one was made before under the same key.
 
@@ -57,11 +56,10 @@ def recall_prefix(
         batch: What the step gets, the images among it.
         conditions: What the step depends on besides (the Trainer's precision, its epoch), in JSON; None if that is not
             known: then there is always a search.
-        folder: Of what other processes found; None to ask and tell none of them.
+        file: Of what other processes found; None to ask and tell none of them.
     """
     key = search_key(network, batch, conditions)
-    file = folder / f"{key[:24]}.pt" if key and folder is not None else None
-    found = _found.get(key) or (None if file is None else _read(file))
+    found = _found.get(key) or (_read(file).get(key) if key and file is not None else None)
     if found is not None:
         with suppress(Exception):  # whatever it is, a search says it better
             prefix = FrozenPrefix(network, run, images, found.entries, found.calls, found.stored)
@@ -75,37 +73,39 @@ def recall_prefix(
         if len(_found) > _MOST:
             _found.popitem(last=False)
         if file is not None:
-            _write(file, _found[key])
+            _write(file, {**_read(file), key: _found[key]})
     return search
 
 
-def _write(file: Path, found: _Found) -> None:
-    """For other processes; a form of outputs that cannot be written, or a full disk, costs them a search."""
-    part = file.with_name(f"{file.name}.{os.getpid()}")
+def _write(file: Path, all_found: dict[str, _Found]) -> None:
+    """For other processes, in place: a file that was half written cannot be read, which costs them a search."""
+    held = {}
+    for key, found in list(all_found.items())[-_MOST:]:
+        with suppress(Exception):  # outputs in a container that has no form in writing
+            calls = [(c.name, treespec_dumps(c.tree), [_parts(leaf) for leaf in c.leaves]) for c in found.calls]
+            held[key] = {**found._asdict(), "calls": calls}
     try:
-        calls = [(c.name, treespec_dumps(c.tree), [_parts(leaf) for leaf in c.leaves]) for c in found.calls]
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({**found._asdict(), "calls": calls}, part)
-        part.replace(file)
-        for old in sorted(file.parent.glob("*.pt"), key=lambda path: path.stat().st_mtime)[:-_MOST]:
-            old.unlink()
+        torch.save(held, file)
     except Exception:
-        part.unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
 
 
-def _read(file: Path) -> _Found | None:
+def _read(file: Path) -> dict[str, _Found]:
     with suppress(Exception):  # there is none, or it is of another version
-        held = torch.load(file, weights_only=True)
-        calls = [
-            Call(name, treespec_loads(tree), tuple(Leaf(*constant or (MISSING,), *rest) for constant, *rest in leaves))
-            for name, tree, leaves in held["calls"]
-        ]
-        return _Found(**{**held, "calls": calls})
-    return None
+        return {
+            key: _Found(**{**found, "calls": [_call(*parts) for parts in found["calls"]]})
+            for key, found in torch.load(file, weights_only=True).items()
+        }
+    return {}
 
 
 def _parts(leaf: Leaf) -> list[Any]:
     return [() if leaf.constant is MISSING else (leaf.constant,), leaf.dims, leaf.dtype, leaf.order]
+
+
+def _call(name: str, tree: str, leaves: Sequence[Any]) -> Call:
+    return Call(name, treespec_loads(tree), tuple(Leaf(*constant or (MISSING,), *rest) for constant, *rest in leaves))
 
 
 def search_key(network: nn.Module, batch: Any, conditions: Any) -> str:

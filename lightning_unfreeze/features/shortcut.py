@@ -26,7 +26,7 @@ def find_shortcut(host: Host, data: ViewedData, searches: Path | None = None) ->
     Args:
         host: Whose step it is.
         data: The training data.
-        searches: Folder of what was found before; None to look and leave nothing anywhere.
+        searches: File of what was found before; None to look and leave nothing anywhere.
 
     Raises:
         NoStoreError: If there is none, with the reason.

@@ -497,7 +497,7 @@ def test_finder__a_stage_that_goes_on_from_trained_weights_reads_the_rise() -> N
     script: list[float | None] = [loss(step) for step in range(110)]
     quiet_trainer([GradualUnfreeze(stages), finder]).fit(Scripted(script), numbers())
     head, full = finder.results["head"], finder.results["full"]
-    assert (head.method, head.steps, head.answer().end) == ("valley", None, "fall")  # a head alone: steps do not count
+    assert (head.method, head.steps, head.answer().end) == ("valley", 3, "fall")
     assert (full.method, full.steps, full.answer().end) == ("below_rise", 12, "rise")
     # half a unit above the lowest is passed at loss 67 or 68
     assert 10 ** (-6 + 6 * 63 / 99) < full.answer().rise < 10 ** (-6 + 6 * 66 / 99)  # type: ignore[operator]

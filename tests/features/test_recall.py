@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,9 +56,9 @@ def searches(monkeypatch):
     return made
 
 
-def start(network: nn.Module, images: Tensor | None = None, conditions: object = "fp32", folder: Path | None = None):
+def start(network: nn.Module, images: Tensor | None = None, conditions: object = "fp32", file: Path | None = None):
     images = torch.rand(4, 3, 12, 12, generator=torch.Generator().manual_seed(1)) if images is None else images
-    return recall_prefix(network, images, network, [images], conditions, folder)
+    return recall_prefix(network, images, network, [images], conditions, file)
 
 
 def test_recall__another_network_of_the_same_kind_is_not_searched_again(searches):
@@ -266,52 +265,57 @@ class Pair(nn.Module):
 
 @pytest.mark.parametrize("kind", [Net, Halves])
 def test_recall__another_process_finds_it_beside_the_store(kind, searches, tmp_path):
-    found = start(kind(), folder=tmp_path / "searches")
+    file = tmp_path / "store" / "searches.pt"
+    found = start(kind(), file=file)
     recall._found.clear()  # as another process starts
     network, images = kind(), torch.rand(5, 3, 12, 12)
-    recalled = start(network, folder=tmp_path / "searches")
+    recalled = start(network, file=file)
     assert len(searches) == 1
     assert recalled.prefix.found == found.prefix.found
     plain = network(images)
     with recalled.prefix.replay(recalled.prefix.extract(images)) as x:
         assert torch.equal(network(x), plain)
-    recall._found.clear()  # as another process starts
-    start(kind(), conditions="bf16", folder=tmp_path / "searches")
+    start(kind(), conditions="bf16", file=file)
     assert len(searches) == 2
-    assert len(list((tmp_path / "searches").iterdir())) == 2  # one file each, no half one
+    recall._found.clear()
+    for conditions in ("fp32", "bf16"):
+        start(kind(), conditions=conditions, file=file)
+    assert len(searches) == 2
+    assert list(file.parent.iterdir()) == [file]  # and no half one
 
 
-@pytest.mark.parametrize("content", [b"", b"half", None], ids=["empty", "half", "of another version"])
+@pytest.mark.parametrize("content", ["empty", "half", "cut", "of another version"])
 def test_recall__a_file_that_cannot_be_read_costs_a_search(content, searches, tmp_path):
-    start(Net(), folder=tmp_path)
-    (file,) = tmp_path.iterdir()
-    torch.save({"calls": []}, file) if content is None else file.write_bytes(content)
-    recall._found.clear()  # as another process starts
-    assert start(Net(), folder=tmp_path).prefix.boundary == "norm"
+    file = tmp_path / "searches.pt"
+    start(Net(), file=file)
+    if content == "of another version":
+        torch.save({"key": {"calls": []}}, file)
+    else:
+        file.write_bytes({"empty": b"", "half": b"half", "cut": file.read_bytes()[:-30]}[content])
+    recall._found.clear()
+    assert start(Net(), file=file).prefix.boundary == "norm"
     assert len(searches) == 2
-    recall._found.clear()  # as another process starts
-    start(Net(), folder=tmp_path)
+    recall._found.clear()
+    start(Net(), file=file)
     assert len(searches) == 2  # written anew
 
 
 def test_recall__a_full_disk_costs_nothing_but_the_file(searches, monkeypatch, tmp_path):
-    def fails(self, target):
+    def fails(held, file):
+        file.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(recall.Path, "replace", fails)
-    assert start(Net(), folder=tmp_path).prefix is not None
+    monkeypatch.setattr(recall.torch, "save", fails)
+    assert start(Net(), file=tmp_path / "searches.pt").prefix is not None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_recall__the_oldest_files_go(searches, monkeypatch, tmp_path):
+def test_recall__the_oldest_in_the_file_go(searches, monkeypatch, tmp_path):
     monkeypatch.setattr(recall, "_MOST", 2)
-    for second, conditions in enumerate(("a", "b", "c")):
-        before = set(tmp_path.iterdir())
-        start(Net(), conditions=conditions, folder=tmp_path)
-        for file in set(tmp_path.iterdir()) - before:
-            os.utime(file, (second, second))
-    recall._found.clear()
-    assert len(list(tmp_path.iterdir())) == 2
+    for conditions in ("a", "b", "c"):
+        recall._found.clear()
+        start(Net(), conditions=conditions, file=tmp_path / "searches.pt")
     for conditions in ("c", "b", "a"):
-        start(Net(), conditions=conditions, folder=tmp_path)
+        recall._found.clear()
+        start(Net(), conditions=conditions, file=tmp_path / "searches.pt")
     assert len(searches) == 4
